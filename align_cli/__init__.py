@@ -1,0 +1,1 @@
+"""`align`: one YAML recipe becomes one finished stage of an alignment pipeline."""

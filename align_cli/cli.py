@@ -1,0 +1,222 @@
+"""The commands. Imports nothing heavy: `align --help` answers at once, and torch is loaded only to train."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from align_cli.errors import AlignError, RecipeError, did_you_mean
+
+STAGE_HELP = {
+    "sft": "Supervised fine-tuning on conversations.",
+    "dpo": "Direct preference optimization on pairs or rankings.",
+}
+PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+Settings = Annotated[list[str] | None, typer.Argument(metavar="recipe=NAME.yaml [KEY=VALUE …]", show_default=False)]
+Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGE_HELP))]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo/dpo.")]
+
+app = typer.Typer(
+    help="Align a language model: one recipe, one run; stages chain through their run directories.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="List, print or copy recipes.", invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+
+def _answers(command: Callable) -> Callable:
+    """A command whose AlignError becomes one printed line a problem and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            code = command(*args, **kwargs)
+        except AlignError as error:
+            colour = sys.stderr.isatty()
+            for line in error.lines:
+                typer.secho(line, err=True, fg="red" if colour else None)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        raise typer.Exit(code or 0)
+
+    return wrapped
+
+
+def _console(**kwargs):
+    from rich.console import Console
+
+    return Console(soft_wrap=True, **kwargs)
+
+
+def _stage(name: str) -> str:
+    if name not in STAGE_HELP:
+        near = did_you_mean(name, list(STAGE_HELP)) or f"; known: {', '.join(STAGE_HELP)}"
+        raise RecipeError(f"command line: '{name}' is no stage{near}")
+    return name
+
+
+@app.callback()
+def root(
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    # DeepSpeed's launcher puts --local_rank=N before the command of `--module align_cli`; the environment says the same
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("align-cli"))
+        raise typer.Exit(0)
+
+
+def _add_stage(name: str, text: str) -> None:
+    def command(settings: Settings = None) -> int:
+        from align_cli.run import launch
+
+        return launch.start(name, settings or [], typer.echo)
+
+    app.command(name, help=text, context_settings=PASS_ON)(_answers(command))
+
+
+for _name, _text in STAGE_HELP.items():
+    _add_stage(_name, _text)
+
+
+@app.command(context_settings=PASS_ON)
+@_answers
+def check(stage: Stage, settings: Settings = None) -> None:
+    """Validate everything a recipe names, print the plan, start nothing."""
+    from align_cli.report import plan as report
+    from align_cli.run import preflight
+
+    report.show(preflight.load(_stage(stage), settings or [], starting=False), _console())
+
+
+@app.command(context_settings=PASS_ON)
+@_answers
+def show(
+    stage: Stage,
+    settings: Settings = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", help="How many rows.")] = 3,
+) -> None:
+    """Print rows as the model will see them, trained tokens marked."""
+    from align_cli.run import launch, preflight
+
+    launch.quiet_environment()
+    plan = preflight.load(_stage(stage), settings or [], starting=False)
+    from align_cli.report import rows as report
+
+    report.show(plan, rows, _console())
+
+
+@app.command()
+@_answers
+def lineage(runs: Annotated[list[str], typer.Argument(metavar="RUN…")]) -> None:
+    """Draw what a run was made from, and say which parents have changed since."""
+    from align_cli.report import lineage as report
+
+    for run in runs:
+        report.show(run, _console())
+
+
+@app.command()
+@_answers
+def merge(
+    run: Run,
+    to: Annotated[str | None, typer.Option("--to", metavar="DIR", help="Default: RUN-merged.")] = None,
+) -> None:
+    """Write the model that a LoRA run stands for, its adapter merged into the base."""
+    from pathlib import Path
+
+    from align_cli.model import kind
+    from align_cli.run import launch
+
+    held = kind.look(run)
+    if held.kind != "adapter":
+        found = held.finding or {"causal-lm": "holds a whole model"}.get(held.kind, f"holds a {held.kind}")
+        raise AlignError(f"{run}: {found}; only a run made with lora: needs merging")
+    destination = Path(to or f"{run.rstrip('/')}-merged")
+    if destination.exists():
+        raise AlignError(f"{destination}: is there already; remove it or write --to another directory")
+    launch.quiet_environment()
+    from align_cli.model import lora
+
+    lora.merge(run, destination)
+    typer.echo(f"{destination}: {run} merged into {held.base}")
+
+
+@app.command()
+@_answers
+def schema(stage: Stage) -> None:
+    """Print a JSON schema of a stage's recipes, for an editor's completion and checks."""
+    import json
+
+    from align_cli.recipe.check import json_schema
+
+    typer.echo(json.dumps(json_schema(_stage(stage)), indent=2, ensure_ascii=False))
+
+
+@recipes_app.callback()
+def recipes_root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+@recipes_app.command("list")
+@_answers
+def recipes_list() -> None:
+    """List the recipes in sight, with the line that runs each."""
+    from align_cli.recipe import places
+
+    for key, file in places.listing().items():
+        first = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        typer.echo(f"{key:<28} {first}")
+
+
+@recipes_app.command("show")
+@_answers
+def recipes_show(name: Annotated[str, typer.Argument(metavar="STAGE/NAME")]) -> None:
+    """Print a recipe."""
+    typer.echo(_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+@_answers
+def recipes_copy(
+    name: Annotated[str, typer.Argument(metavar="STAGE/NAME")],
+    destination: Annotated[str, typer.Argument(metavar="DEST")],
+) -> None:
+    """Copy a recipe, to change it. The groups it names are still found in the package."""
+    from pathlib import Path
+
+    source, target = _recipe(name), Path(destination)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise AlignError(f"{target}: is there already; remove it or name another file")
+    if not target.parent.is_dir():
+        raise AlignError(f"{target}: there is no directory {target.parent}; make it first")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    typer.echo(f"{target}: run it with `align {name.split('/')[0]} recipe={target}`")
+
+
+def _recipe(name: str):
+    from align_cli.recipe import places
+
+    known = places.listing()
+    key = name.removesuffix(".yaml")
+    if key not in known:
+        raise RecipeError(f"{name}: no such recipe{did_you_mean(key, list(known)) or '; known: ' + ', '.join(known)}")
+    return known[key]
+
+
+def main() -> None:
+    """The console script."""
+    app()

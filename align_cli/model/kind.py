@@ -1,0 +1,123 @@
+"""What a path holds, read from its small files only: no weights, no torch.
+
+Libraries take a reward model for a policy, or an adapter for a model, and fail deep inside or train a random head in
+silence; a run's manifest and `config.json` know better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["causal-lm", "reward-model", "adapter", "hub", "unfinished", "missing", "other"]
+HUB_ID = re.compile(r"^[\w\-]+(\.[\w\-]+)*(/[\w\-]+(\.[\w\-]+)*)?$")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stands at `path`."""
+
+    path: str
+    kind: Kind
+    finding: str = ""
+    """For kinds that cannot serve: what was found there."""
+    base: str | None = None
+    """An adapter's base model."""
+    reward: bool = False
+    """An adapter for a sequence classifier."""
+    config: dict | None = None
+    """config.json, where there is one."""
+
+
+def look(path: str) -> Held:
+    """What a path holds: a model, an adapter, an unfinished run, a hub id (not asked whether it exists) or nothing."""
+    folder = Path(path)
+    if not folder.exists():
+        local = path.startswith((".", "runs/", "models/")) or ("/" in path and Path(path).parts[0] in _here())
+        if HUB_ID.match(path) and not local:
+            return Held(path, "hub")
+        return Held(path, "missing", "no such directory")
+    if not folder.is_dir():
+        return Held(path, "other", "is a file, not a model directory")
+    config = _json(folder / "config.json")
+    if (folder / "adapter_config.json").is_file():
+        adapter = _json(folder / "adapter_config.json") or {}
+        return Held(
+            path, "adapter", base=adapter.get("base_model_name_or_path"), reward=adapter.get("task_type") == "SEQ_CLS"
+        )
+    if (folder / "recipe.yaml").is_file() and (_json(folder / "manifest.json") or {}).get("status") != "complete":
+        return Held(path, "unfinished", "is an unfinished run", config=config)
+    if config is None:
+        return Held(path, "other", "holds no config.json")
+    if not list(folder.glob("*.safetensors")):
+        old = next((file.name for file in folder.glob("*.bin")), None)
+        return Held(path, "other", f"holds {old} but no safetensors" if old else "holds no weights", config=config)
+    architectures = config.get("architectures") or [""]
+    if architectures[0].endswith("ForSequenceClassification"):
+        return Held(path, "reward-model", config=config)
+    return Held(path, "causal-lm", config=config)
+
+
+def _here() -> set[str]:
+    """Folders of the working directory: a path into one of them is no hub id."""
+    return {entry.name for entry in Path.cwd().iterdir() if entry.is_dir()}
+
+
+def has_chat_template(path: str) -> bool:
+    """Whether the tokenizer saved at a directory brings a chat template."""
+    folder = Path(path)
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    return bool((_json(folder / "tokenizer_config.json") or {}).get("chat_template"))
+
+
+def parameters(path: str) -> int | None:
+    """Number of parameters in a directory's safetensors, from their headers; None where there are none."""
+    total = 0
+    for file in Path(path).glob("*.safetensors"):
+        for name, tensor in header(file).items():
+            if name != "__metadata__":
+                size = 1
+                for length in tensor["shape"]:
+                    size *= length
+                total += size
+    return total or None
+
+
+def header(file: Path) -> dict:
+    """The header of a safetensors file: name -> {dtype, shape, data_offsets}."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return json.loads(stream.read(length))
+
+
+def fingerprint(path: str) -> str | None:
+    """A hash that changes when a model directory's weights or config do; None for a hub id or nothing.
+
+    Training moves every tensor, so 64 samples of 64 KiB a file beside headers and sizes tell one model from another
+    without reading the whole of it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(size // 64, 1 << 16)):
+                stream.seek(start)
+                digest.update(stream.read(1 << 16))
+    return digest.hexdigest()
+
+
+def _json(file: Path) -> dict | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,86 @@
+"""Models and tokenizers as a recipe names them: a directory, a finished run or a hub id.
+
+Safetensors only; code that comes with a model runs only if the recipe says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from align_cli.errors import UpstreamError
+from align_cli.model import templates
+from align_cli.recipe.schema import Model
+
+PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+"""Tokens that may serve as padding, in order of preference, where a tokenizer has none of its own."""
+
+
+def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `path` (default: the model's) with a chat template and a pad token that is not EOS.
+
+    A pad token equal to EOS makes libraries that mask padding by its id never learn to stop (trl#976). Raises
+    UpstreamError if there is no tokenizer or no template.
+    """
+    path = path or model.path
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
+        )
+    except (OSError, ValueError) as error:
+        raise UpstreamError(f"model.path: {path}: no tokenizer could be loaded ({_first_line(error)})") from None
+    if model.chat_template is not None:
+        loaded.chat_template = templates.text(model.chat_template)
+        known = loaded.get_vocab()
+        markers = [token for token in templates.END_TOKENS.get(model.chat_template, []) if token not in known]
+        if markers:
+            loaded.add_special_tokens({"additional_special_tokens": markers})
+    if loaded.chat_template is None:
+        raise UpstreamError(
+            f"model.path: {path}: its tokenizer has no chat template; set model.chat_template= to "
+            f"{', '.join(templates.BUILT_IN)} or a Jinja file"
+        )
+    if loaded.pad_token is None or loaded.pad_token_id == loaded.eos_token_id:
+        known = loaded.get_vocab()
+        pad = next((token for token in PAD_CANDIDATES if token in known and token != loaded.eos_token), None)
+        loaded.add_special_tokens({"pad_token": pad or "<|pad|>"})
+    loaded.padding_side = "right"
+    return loaded
+
+
+def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str | None = None) -> PreTrainedModel:
+    """The causal language model of `path` (default: the recipe's), its embeddings wide enough for the tokenizer.
+
+    Under ZeRO-3 the training arguments must exist already, or every rank loads the whole model. Raises UpstreamError
+    if it cannot be loaded.
+    """
+    path = path or model.path
+    attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=model.trust_remote_code,
+            revision=model.revision or "main",
+            use_safetensors=True,
+            **attention,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UpstreamError(f"model.path: {path}: cannot be loaded ({_first_line(error)})") from None
+    rows = loaded.config.get_text_config().vocab_size
+    if rows < len(tok):
+        loaded.resize_token_embeddings(len(tok), mean_resizing=True)
+    for config in (loaded.config, loaded.generation_config):
+        config.pad_token_id = tok.pad_token_id
+    return loaded
+
+
+def set_ends(model: Any, ends: list[int]) -> None:
+    """Make generation stop at these ids, here and wherever the saved model is served."""
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

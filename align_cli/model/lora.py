@@ -1,0 +1,59 @@
+"""Adapters: the PEFT config of a recipe, and an adapter merged into its base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from align_cli.errors import UpstreamError
+from align_cli.model import kind
+from align_cli.recipe.schema import Lora
+
+
+def peft_config(lora: Lora | None) -> LoraConfig | None:
+    """PEFT's form of the recipe's `lora:` section, for a causal language model."""
+    if lora is None:
+        return None
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -> None:
+    """Write the model that an adapter directory stands for, merged into its base; whole or not at all.
+
+    The merge is done in float32, so that a bfloat16 base does not round the update away before it is added. Raises
+    UpstreamError if the base is not there.
+    """
+    held = kind.look(adapter)
+    if held.kind != "adapter" or held.base is None:
+        raise UpstreamError(f"{adapter}: is no adapter; a full model needs no merging")
+    if kind.look(held.base).kind not in ("causal-lm", "reward-model", "hub"):
+        raise UpstreamError(f"{adapter}: its base {held.base} is not there; put it back, then merge")
+    loader: Any = AutoModelForSequenceClassification if held.reward else AutoModelForCausalLM
+    extra = {"num_labels": 1} if held.reward else {}
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
+    base = loader.from_pretrained(
+        held.base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
+    )
+    if base.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    part = destination.with_name(f"{destination.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    merged.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    (part / "merged_from.json").write_text(json.dumps({"adapter": adapter, "base": held.base}, indent=2) + "\n")
+    if destination.exists():
+        shutil.rmtree(destination)
+    part.rename(destination)

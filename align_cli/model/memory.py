@@ -1,0 +1,92 @@
+"""What a stage will hold on each rank, in bytes, before anything is loaded.
+
+Model states follow the ZeRO paper's accounting (arXiv 1910.02054, §3): weights, gradients, Adam's two moments and,
+in mixed precision, a float32 master copy. Activations are an estimate and are named as such.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's dimensions, as far as they are known."""
+
+    parameters: int
+    hidden: int | None = None
+    layers: int | None = None
+    vocabulary: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the plan."""
+
+    name: str
+    bytes: int
+    estimated: bool = False
+
+
+def sizes(parameters: int | None, config: dict | None) -> Sizes | None:
+    """Dimensions from a parameter count and a config.json; None if the count is unknown."""
+    if not parameters:
+        return None
+    config = config or {}
+    return Sizes(int(parameters), config.get("hidden_size"), config.get("num_hidden_layers"), config.get("vocab_size"))
+
+
+def lora_parameters(size: Sizes, rank: int) -> int:
+    """Parameters of rank-r adapters on every linear layer of a Llama-like block.
+
+    Seven projections of about hidden × hidden … hidden × 4·hidden come to some 22·hidden·r a layer.
+    """
+    if not size.hidden or not size.layers:
+        return int(0.0025 * rank * size.parameters**0.5 * 1000)
+    return 22 * size.hidden * rank * size.layers
+
+
+def plan(
+    size: Sizes,
+    *,
+    dtype: str,
+    mixed: bool,
+    trainable: int,
+    zero_stage: int,
+    world_size: int,
+    offload_optimizer: bool,
+    offload_param: bool,
+    frozen_copies: int,
+    rows: int,
+    tokens: int,
+    checkpointing: bool,
+) -> list[Part]:
+    """Bytes on one rank's device, a line each: weights, gradients, optimizer, frozen models, activations.
+
+    `rows` × `tokens` is what one micro-step puts through the model. Sharding divides by `world_size` from the stage
+    at which ZeRO shards that part.
+    """
+
+    def shard(amount: float, from_stage: int, offloaded: bool = False) -> int:
+        return 0 if offloaded else int(amount / (world_size if zero_stage >= from_stage else 1))
+
+    width = BYTES[dtype]
+    master = 4 * trainable if mixed and width == 2 else 0
+    parts = [
+        Part("weights", shard(size.parameters * width, 3, offload_param)),
+        Part("gradients", shard(trainable * width, 2)),
+        Part("optimizer", shard(8 * trainable + master, 1, offload_optimizer)),
+    ]
+    if frozen_copies:
+        parts.append(Part("reference", frozen_copies * shard(size.parameters * width, 3)))
+    if size.hidden and size.layers:
+        # Korthikanti et al. (arXiv 2205.05198): 34 bytes a token, hidden unit and layer in half precision; with
+        # checkpointing the layer inputs and one layer's insides remain.
+        half = 2 if mixed or width == 2 else 4
+        per_layer = rows * tokens * size.hidden * half
+        kept = per_layer * size.layers + 17 * per_layer if checkpointing else 17 * per_layer * size.layers
+        parts.append(Part("activations", kept, estimated=True))
+    return parts

@@ -1,0 +1,51 @@
+"""Chat templates for base models that lack one, and whether the one a recipe names is there. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from align_cli.errors import did_you_mean
+from align_cli.model import kind
+
+BUILT_IN = {
+    # every turn opens and closes with a marker; the end marker must be a token of its own to be learned as an end
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+        "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    # Zephyr's: plain-text role markers, each turn closed by the tokenizer's own EOS (alignment-handbook)
+    "zephyr": (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+    # for models that know no markers: hh-rlhf's dialogue form, responses closed by EOS
+    "plain": (
+        "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ '\n\nAssistant: ' + message['content'] + eos_token }}{% elif message['role'] == 'user' %}"
+        "{{ '\n\nHuman: ' + message['content'] }}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
+    ),
+}
+END_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}
+"""Markers that a built-in template needs as tokens; they are added to a vocabulary that lacks them."""
+
+
+def text(named: str) -> str:
+    """The Jinja text that `model.chat_template` names: a built-in or a file."""
+    return BUILT_IN[named] if named in BUILT_IN else Path(named).read_text(encoding="utf-8")
+
+
+def problems(path: str, named: str | None) -> list[str]:
+    """A line if the named template is not there, or if none is named and the model directory has none."""
+    if named is not None:
+        if named in BUILT_IN or Path(named).is_file():
+            return []
+        near = did_you_mean(named, list(BUILT_IN)) or f"; known: {', '.join(BUILT_IN)}, or the path of a Jinja file"
+        return [f"model.chat_template: {named}: no such template{near}"]
+    held = kind.look(path)
+    if held.kind in ("causal-lm", "adapter") and not kind.has_chat_template(path):
+        return [
+            f"model.path: {path}: its tokenizer has no chat template; set model.chat_template= to "
+            f"{', '.join(BUILT_IN)} or a Jinja file"
+        ]
+    return []

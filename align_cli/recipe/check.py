@@ -1,0 +1,208 @@
+"""A composed tree -> the typed recipe, or every problem at once: file and line, key, finding, remedy."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+from align_cli.errors import RecipeError, did_you_mean
+from align_cli.recipe import places, trainer
+from align_cli.recipe.compose import Composed, compose
+from align_cli.recipe.schema import GROUPS, STAGES, Recipe
+
+
+@cache
+def _adapter(stage: str) -> TypeAdapter:
+    return TypeAdapter(STAGES[stage])
+
+
+def load(stage: str, arguments: list[str]) -> tuple[Composed, Recipe]:
+    """Compose and check; what `align <stage> recipe=… [key=value …]` will run.
+
+    Raises RecipeError with every problem found.
+    """
+    composed = compose(stage, arguments)
+    return composed, check(composed)
+
+
+def check(composed: Composed) -> Recipe:
+    """The typed recipe of a composed tree.
+
+    Raises RecipeError with every unknown key, wrong type, broken rule and bad `trainer:` field.
+    """
+    stage, tree, found = composed.stage, composed.tree, []
+    try:
+        recipe = from_tree(stage, tree)
+    except ValidationError as error:
+        recipe = None
+        found += [_explain(stage, tree, detail) for detail in error.errors()]
+    if recipe is not None:
+        found += [problem for problem in _rules(recipe)]
+    if isinstance(tree.get("trainer"), dict):
+        found += trainer.problems(stage, tree["trainer"])
+    if not found:
+        return recipe
+    sources = _Sources(composed)
+    lines = [f"{sources.where(key)}{key}: {text}" for key, text in found]
+    method = tree.get("method")
+    if isinstance(method, dict) and (other := _stage_of_method(stage, set(method))):
+        lines.append(f"{composed.file}: its method: has the keys of a recipe for `align {other}`; run that instead")
+    raise RecipeError(*dict.fromkeys(lines))
+
+
+def from_tree(stage: str, tree: dict[str, Any]) -> Recipe:
+    """The typed recipe of a plain tree. Raises pydantic's ValidationError."""
+    # Strict JSON mode: '3' is no number and 1 no boolean, but mappings may become sections.
+    return _adapter(stage).validate_json(json.dumps(tree, allow_nan=True), strict=True)
+
+
+def to_tree(recipe: Recipe) -> dict[str, Any]:
+    """The plain tree of a typed recipe, every default filled in."""
+    return asdict(recipe)
+
+
+def json_schema(stage: str) -> dict[str, Any]:
+    """A JSON schema that an editor can complete and check recipes with, TRL's fields included."""
+    schema = _adapter(stage).json_schema()
+    names = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "None": "null"}
+    block = {}
+    for key, field in trainer.fields(stage).items():
+        if trainer.owner(stage, key)[0]:
+            continue
+        kinds = [names[kind] for part in field.annotation.split("|") if (kind := part.strip()) in names]
+        entry: dict[str, Any] = {"type": kinds} if len(kinds) == len(field.annotation.split("|")) else {}
+        if values := trainer.choices(trainer.ENUMS.get(key, "")):
+            entry = {"enum": list(values)}
+        block[key] = entry | ({"description": field.help} if field.help else {})
+    schema["properties"]["trainer"] |= {"properties": block, "additionalProperties": False}
+    schema["properties"]["defaults"] = {
+        "type": "array",
+        "description": f"Config groups ({', '.join(GROUPS)}) and recipes this one builds on; _self_ last.",
+    }
+    # the file's name and place stand for these
+    schema["required"] = [key for key in schema.get("required", []) if key not in ("name", "run_dir", "model", "data")]
+    for group in GROUPS:
+        if group in schema["properties"]:
+            body = schema["properties"].pop(group)
+            choices = {"type": "string", "enum": list(places.group_files(group))} if places.group_files(group) else {}
+            schema["properties"][group] = {"anyOf": [body, choices]} if choices else body
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"align {stage} recipe"} | {
+        key: value for key, value in schema.items() if key != "title"
+    }
+
+
+def _rules(section: Any, path: str = "") -> list[tuple[str, str]]:
+    """Cross-field problems of a section and of the sections in it, plus non-finite numbers."""
+    found = list(section.rules()) if hasattr(section, "rules") else []
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            found += _rules(value, f"{path}{field.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            found.append((f"{path}{field.name}", f"is {value}; give a finite number"))
+    return found
+
+
+def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[str, str]:
+    """(dotted key, sentence) for one of pydantic's errors."""
+    location = [part for part in detail["loc"] if not _is_tag(part)]
+    key, kind, given = _dotted(location), detail["type"], detail.get("input")
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(stage, location[:-1])
+        listed = f"; known here: {', '.join(known)}" if known else ""
+        return key, f"unknown key{did_you_mean(str(location[-1]), known) or listed}"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return key, f"is missing; set {key}=…"
+    if kind == "literal_error":
+        allowed = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+        return key, f"{given!r} is none of {allowed}{did_you_mean(str(given), allowed.split(', '))}"
+    if given == "None":
+        return key, "'None' is text here; write null for nothing"
+    if kind == "dataclass_type":
+        return key, f"expected a section with keys {', '.join(_known_keys(stage, location))}, found {given!r}"
+    message = detail["msg"].replace("Input should be", "expected").replace("expected a valid", "expected a")
+    return key, f"{message}, found {type(given).__name__} {given!r}"
+
+
+def _is_tag(part: Any) -> bool:
+    """pydantic puts the branch of a union into the location; people did not write that."""
+    return isinstance(part, str) and (
+        part in ("str", "float", "int", "bool") or part.startswith(("list[", "function-", "nullable"))
+    )
+
+
+def _dotted(location: list[Any]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _known_keys(stage: str, location: list[Any]) -> list[str]:
+    """The keys of the section at a location."""
+    section: Any = STAGES[stage]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        hints = {field.name: field for field in fields(section)} if is_dataclass(section) else {}
+        section = _section_in(_adapter_type(section, part)) if part in hints else None
+    return [field.name for field in fields(section)] if is_dataclass(section) else []
+
+
+def _adapter_type(section: Any, name: str) -> Any:
+    return section.__pydantic_fields__[name].annotation
+
+
+def _section_in(annotation: Any) -> Any:
+    """The first section that an annotation such as `list[Source] | None` mentions."""
+    if is_dataclass(annotation):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+
+
+def _stage_of_method(stage: str, keys: set[str]) -> str | None:
+    """Another stage whose method takes all these keys, if this one's doesn't."""
+    known = {name: set(_known_keys(name, ["method"])) for name in STAGES}
+    if not keys or keys <= known[stage]:
+        return None
+    return next((name for name in STAGES if keys <= known[name]), None)
+
+
+class _Sources:
+    """Where a key was written: the command line, or file and line."""
+
+    def __init__(self, composed: Composed):
+        self.composed = composed
+
+    def where(self, key: str) -> str:
+        plain = key.split("[")[0]
+        if any(plain == word or plain.startswith(f"{word}.") for word in self.composed.overridden):
+            return "command line: "
+        parts = plain.split(".")
+        files = [(self.composed.file, parts)]
+        if parts[0] in GROUPS:
+            files += [(file, parts[1:]) for file in places.group_files(parts[0]).values() if file.stem in self._text()]
+        for file, path in files:
+            if line := _line_of(file, path):
+                return f"{file}:{line}: "
+        return f"{self.composed.file}: "
+
+    def _text(self) -> str:
+        return self.composed.file.read_text(encoding="utf-8")
+
+
+def _line_of(file: Any, path: list[str]) -> int | None:
+    """The line (1-based) on which a dotted key stands in a YAML file."""
+    import yaml
+
+    node, line = yaml.compose(file.read_text(encoding="utf-8")), None
+    for part in path:
+        if not isinstance(node, yaml.MappingNode):
+            return None
+        pair = next(((key, value) for key, value in node.value if key.value == part), None)
+        if pair is None:
+            return None
+        line, node = pair[0].start_mark.line + 1, pair[1]
+    return line

@@ -1,0 +1,268 @@
+"""YAML and `key=value` -> one resolved tree, through Hydra's Compose API.
+
+Hydra composes a plain tree; the schema in `schema.py` checks it afterwards, so that every problem comes at once and
+`+key=value` cannot slip past. A plain `key=value` may add a key; whether it is known is the schema's business.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align_cli.errors import RecipeError, did_you_mean
+from align_cli.recipe import places
+from align_cli.recipe.schema import GROUPS, STAGES
+
+OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[\w./@\-]+)(=(?P<value>.*))?$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed recipe before the schema has seen it."""
+
+    stage: str
+    file: Path
+    tree: dict[str, Any]
+    """Every interpolation resolved, JSON values only."""
+    overridden: frozenset[str]
+    """Dotted keys set on the command line."""
+
+
+def compose(stage: str, arguments: list[str]) -> Composed:
+    """The resolved tree of `align <stage> recipe=… [key=value …]`.
+
+    Raises RecipeError with every malformed argument, a missing recipe or group file, or YAML that cannot be read.
+    """
+    named, overrides = _split(arguments)
+    file = places.find(stage, named)
+    _refuse_other_stage(stage, file)
+    _refuse_bad_yaml(file)
+    config = _hydra(stage, file, overrides)
+    tree = _resolved(stage, file, config)
+    keys = frozenset(match["key"] for text in overrides if (match := OVERRIDE.match(text)))
+    return Composed(stage, file, tree, keys)
+
+
+def default_run_dir(name: str, stage: str) -> str:
+    """Where a run goes unless the recipe says otherwise."""
+    return f"runs/{name}/{stage}"
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The recipe's name and the overrides."""
+    named, overrides, lines = None, [], []
+    for text in arguments:
+        if text.startswith("-") and not text.startswith("~"):
+            plain = text.lstrip("-")
+            lines.append(f"command line: {text} is no option; write {plain if '=' in plain else plain + '=VALUE'}")
+        elif text.startswith("recipe="):
+            if named:
+                lines.append(f"command line: recipe= is given twice ({named}, {text[7:]}); keep one")
+            named = text[7:]
+        elif not (match := OVERRIDE.match(text)) or (match["value"] is None and match["sign"] != "~"):
+            hint = f"recipe={text}" if text.endswith(".yaml") else "key=value"
+            lines.append(f"command line: '{text}' is no setting; write {hint}")
+        else:
+            overrides.append(text)
+    if named is None or not named:
+        lines.insert(0, "command line: no recipe; add recipe=NAME.yaml (`align recipes` lists them)")
+    if lines:
+        raise RecipeError(*lines)
+    return named, overrides
+
+
+def _refuse_other_stage(stage: str, file: Path) -> None:
+    """A recipe that lies in another stage's folder is for that stage."""
+    folder = file.resolve().parent.name
+    manifest = file.resolve().parent / "manifest.json"
+    if manifest.is_file():
+        folder = json.loads(manifest.read_text()).get("stage", folder)
+    if folder in STAGES and folder != stage:
+        raise RecipeError(f"{file}: is a recipe for `align {folder}`; run `align {folder} recipe={file}`")
+
+
+def _refuse_bad_yaml(file: Path) -> None:
+    """Syntax errors with their line, which Hydra would wrap in a page of its own."""
+    import yaml
+
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise RecipeError(f"{where}: not valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    if node is None or not isinstance(node, yaml.MappingNode):
+        raise RecipeError(
+            f"{file}: expected keys such as model: and data:, found {'nothing' if node is None else 'no mapping'}"
+        )
+    for key, value in node.value:
+        if key.value == "defaults" and "_self_" not in [getattr(entry, "value", None) for entry in value.value]:
+            raise RecipeError(
+                f"{file}:{key.start_mark.line + 1}: defaults lacks _self_, so the groups would win over this file; "
+                "add _self_ as the last entry"
+            )
+
+
+def _hydra(stage: str, file: Path, overrides: list[str]) -> Any:
+    """Hydra's composition of one file and the picked groups, then the other overrides on top, in order."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("stage", _stage_path, replace=True)
+    folders = [folder for root in places.roots() for folder in (root, root / stage) if folder.is_dir()]
+    search = ",".join(f"'file://{folder.resolve()}'" for folder in folders)
+    picks, values, lines = [], [], []
+    for text in overrides:
+        try:
+            (picks if _picks_group(text) else values).append(text)
+        except RecipeError as error:
+            lines += error.lines
+    if lines:
+        raise RecipeError(*lines)
+    while True:
+        GlobalHydra.instance().clear()
+        try:
+            with warnings.catch_warnings(), initialize_config_dir(str(file.resolve().parent), version_base="1.3"):
+                warnings.simplefilter("ignore")
+                config = hydra_compose(file.stem, overrides=[f"hydra.searchpath=[{search}]", *picks])
+            break
+        except MissingConfigException as error:
+            raise RecipeError(_missing(file, error)) from None
+        except HydraException as error:
+            # a group is replaced with `zero=zero3` if the recipe's defaults hold it, and added with `+` if not
+            lost = next((pick for pick in picks if f"Could not override '{pick.split('=')[0]}'" in str(error)), None)
+            if lost is None:
+                raise RecipeError(f"{file}: {_one_line(error)}") from None
+            picks[picks.index(lost)] = f"+{lost}"
+    OmegaConf.set_struct(config, False)
+    for text in values:
+        try:
+            _apply(config, text)
+        except RecipeError as error:
+            lines += error.lines
+    if lines:
+        raise RecipeError(*lines)
+    return config
+
+
+def _picks_group(text: str) -> bool:
+    """Whether `zero=zero3` names a file of a config group. Raises RecipeError for a name that no group has."""
+    match = OVERRIDE.match(text)
+    key, value, files = match["key"], match["value"] or "", places.group_files(match["key"])
+    if key not in GROUPS or match["sign"] == "~":
+        return False
+    if value in files:
+        return True
+    if value in ("null", "") or not re.fullmatch(r"[\w./\-]+", value):
+        return False
+    aim = {"model": f"; for a model write model.path={value}", "data": f"; for a source write data.train={value}"}
+    near = did_you_mean(value, list(files)) or f"; known: {', '.join(files) or 'none'}"
+    raise RecipeError(f"command line: {key}={value}: no such group file{near}{aim.get(key, '')}")
+
+
+def _apply(config: Any, text: str) -> None:
+    """Set or delete one key; a mapping is merged into a mapping, anything else replaces what was there."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    match = OVERRIDE.match(text)
+    key, raw = match["key"], match["value"]
+    try:
+        if match["sign"] == "~":
+            parent, _, last = key.rpartition(".")
+            del (OmegaConf.select(config, parent) if parent else config)[last]
+            return
+        try:
+            parsed = OverridesParser.create().parse_override(f"++{key}={raw}")
+            if parsed.is_sweep_override():
+                raise RecipeError(
+                    f"command line: {text}: a comma makes a sweep; write {key}=[{raw}], or quote the text"
+                )
+            value = parsed.value()
+        except HydraException:
+            value = raw  # `runs/lr=5e-7` is no value in Hydra's grammar, but people mean the text
+        merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, key))
+        OmegaConf.update(config, key, value, merge=merge, force_add=True)
+    except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"command line: {text}: cannot be set here ({_one_line(error)})") from None
+
+
+def _missing(file: Path, error: Exception) -> str:
+    name = getattr(error, "missing_cfg_file", None) or ""
+    options = list(getattr(error, "options", None) or [])
+    group = str(name).strip("/").split("/")[0]
+    if not options and group in GROUPS:
+        options = list(places.group_files(group))
+    near = did_you_mean(str(name).split("/")[-1], options)
+    known = f"; known: {', '.join(options)}" if options and not near else ""
+    return f"{file}: defaults names '{name}', which no recipe folder holds{near}{known}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _stage_path(stage: str, name: str | None = None, *, _root_: Any) -> str:
+    """`${stage:sft}`: the run directory of that stage under this recipe's name, or under another's."""
+    return default_run_dir(name or _root_.name, stage)
+
+
+def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
+    """The tree with names, group names and interpolations filled in."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    name = config.get("name") or (file.resolve().parent.parent.name if file.name == "recipe.yaml" else file.stem)
+    config.name = name
+    for group in GROUPS:
+        chosen = OmegaConf.to_container(config, resolve=False).get(group)
+        if isinstance(chosen, str) and not chosen.startswith("${"):
+            files = places.group_files(group)
+            if chosen not in files:
+                near = did_you_mean(chosen, list(files)) or f"; known: {', '.join(files) or 'none'}"
+                raise RecipeError(f"{file}: {group}: no group file '{chosen}'{near}")
+            config[group] = OmegaConf.load(files[chosen])
+    lines: list[str] = []
+
+    def resolve(node: Any, path: str) -> Any:
+        if OmegaConf.is_dict(node):
+            return {str(key): resolve_at(node, key, f"{path}.{key}" if path else str(key)) for key in node}
+        if OmegaConf.is_list(node):
+            return [resolve_at(node, index, f"{path}[{index}]") for index in range(len(node))]
+        return node
+
+    def resolve_at(parent: Any, key: Any, path: str) -> Any:
+        try:
+            return resolve(parent[key], path)
+        except OmegaConfBaseException as error:
+            lines.append(f"{file}: {path}: {str(error).splitlines()[0]}; define it or write the value out")
+            return None
+
+    tree = resolve(config, "")
+    for path in _code_keys(tree):
+        lines.append(f"{file}: {path}: recipes are data, never code; remove it")
+    if lines:
+        raise RecipeError(*lines)
+    if tree.get("run_dir") is None:
+        tree["run_dir"] = default_run_dir(str(name), stage)
+    return tree
+
+
+def _code_keys(node: Any, path: str = "") -> list[str]:
+    if isinstance(node, dict):
+        here = [f"{path}{key}" for key in node if str(key).startswith("_") and str(key).endswith("_")]
+        return here + [found for key, value in node.items() for found in _code_keys(value, f"{path}{key}.")]
+    if isinstance(node, list):
+        return [found for index, value in enumerate(node) for found in _code_keys(value, f"{path}{index}.")]
+    return []

@@ -1,0 +1,63 @@
+"""Where recipes are: the working directory's `recipes/`, and those shipped with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from align_cli.errors import RecipeError, did_you_mean
+from align_cli.recipe.schema import STAGES
+
+
+def shipped() -> Path:
+    """The shipped recipes: inside the wheel, or beside the package in a checkout or an editable install."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def roots() -> list[Path]:
+    """Folders that hold `<stage>/<name>.yaml` and the config groups, nearest first."""
+    here = Path("recipes")
+    if not here.is_dir():
+        return [shipped()]
+    return [here] if here.resolve() == shipped() else [here, shipped()]
+
+
+def listing() -> dict[str, Path]:
+    """`stage/name` -> file, for every recipe in sight; one in the working directory hides a shipped one."""
+    found: dict[str, Path] = {}
+    for root in roots():
+        for stage in STAGES:
+            for file in sorted((root / stage).glob("*.yaml")):
+                found.setdefault(f"{stage}/{file.stem}", file)
+    return found
+
+
+def find(stage: str, named: str) -> Path:
+    """The file that `recipe=named` means under `align <stage>`.
+
+    Raises RecipeError, naming the nearest recipes, if there is none.
+    """
+    for name in (named, named if named.endswith(".yaml") else f"{named}.yaml"):
+        if Path(name).is_file():
+            return Path(name)
+        for root in roots():
+            if (root / stage / name).is_file():
+                return root / stage / name
+    known = {key.removeprefix(f"{stage}/"): key for key in listing() if key.startswith(f"{stage}/")}
+    wanted = Path(named).name.removesuffix(".yaml")
+    nearest = did_you_mean(wanted, list(known))
+    shelf = f"known for {stage}: {', '.join(known) or 'none'}"
+    elsewhere = [key for key in listing() if key.endswith(f"/{wanted}")]
+    if elsewhere and not nearest:
+        shelf += f"; of that name there is {', '.join(elsewhere)}"
+    raise RecipeError(f"recipe={named}: no such file or recipe{nearest or ';'} ({shelf})".replace("; (", " ("))
+
+
+def group_files(group: str) -> dict[str, Path]:
+    """Name -> file of a config group (`model`, `data`, `lora`, `zero`)."""
+    found: dict[str, Path] = {}
+    for root in roots():
+        for file in sorted((root / group).glob("*.yaml")):
+            found.setdefault(file.stem, file)
+    return found

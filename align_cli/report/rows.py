@@ -1,0 +1,73 @@
+"""What `align show` prints: rows as the model will see them, trained tokens coloured, special tokens visible."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from align_cli.data import chat
+from align_cli.data.groups import read_groups, stream_groups
+from align_cli.model import kind, load
+from align_cli.run.preflight import NEEDS, Plan
+
+TRAINED, MASKED, SPECIAL = "bold green", "dim", "bold magenta"
+
+
+def show(plan: Plan, count: int, console: Console) -> None:
+    """Print the first rows of the training data. Raises DataError or UpstreamError."""
+    recipe, stage = plan.recipe, plan.composed.stage
+    held = kind.look(recipe.model.path)
+    path = recipe.model.path if held.kind not in ("missing", "unfinished") else plan.tokenizer_path()
+    tokenizer = load.tokenizer(recipe.model, path)
+    need = NEEDS[stage]
+    if recipe.data.streaming:
+        groups = list(islice(stream_groups(recipe.data, need, recipe.seed, []), count))
+    else:
+        groups = read_groups(recipe.data, need, recipe.seed).train[:count]
+    console.print(
+        Text.assemble(("trained", TRAINED), " · ", ("seen, not trained", MASKED), " · ", ("special token", SPECIAL))
+    )
+    last_only = stage == "sft" and recipe.method.train_on == "last-turn"
+    for group in groups:
+        console.rule(group.place, align="left", style="dim")
+        for index, response in enumerate(group.responses if stage != "sft" else group.responses[:1]):
+            turns = chat.conversation(tokenizer, group.prompt, response, last_turn_only=last_only or stage != "sft")
+            kept = chat.Turns(turns.ids[: recipe.data.max_length], turns.trained[: recipe.data.max_length])
+            if stage != "sft":
+                console.print(f"response {index + 1} of {len(group.responses)}, best first", style="italic")
+            console.print(_coloured(tokenizer, kept))
+            cut = len(turns.ids) - len(kept.ids)
+            console.print(
+                f"{len(kept.ids)} tokens, {sum(kept.trained)} trained{f', {cut} cut' if cut else ''}",
+                style="dim",
+                highlight=False,
+            )
+
+
+def _coloured(tokenizer: Any, turns: chat.Turns) -> Text:
+    """The decoded tokens, coloured by whether they are trained; runs of one colour are decoded together."""
+    text = Text()
+    specials = chat.end_tokens(tokenizer)
+    run: list[int] = []
+
+    def flush(trained: bool) -> None:
+        if run:
+            text.append(tokenizer.decode(run), style=TRAINED if trained else MASKED)
+            run.clear()
+
+    before = False
+    for token, trained in zip(turns.ids, turns.trained, strict=True):
+        if token in specials:
+            flush(before)
+            name = tokenizer.convert_ids_to_tokens(token)
+            text.append(name, style=f"{SPECIAL} underline" if trained else SPECIAL)
+        else:
+            if trained != before:
+                flush(before)
+            run.append(token)
+        before = trained
+    flush(before)
+    return text

@@ -1,0 +1,64 @@
+"""Rows a step: per device × accumulation × ranks, and what follows when the recipe names the product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from align_cli.errors import RecipeError
+from align_cli.recipe import trainer
+from align_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows a micro-step and device, micro-steps a step, and rows a step over all ranks."""
+
+    per_device: int
+    accumulation: int
+    total: int
+
+
+def arithmetic(stage: str, recipe: Recipe, ranks: int) -> Batch:
+    """The batch that `ranks` ranks make.
+
+    Raises RecipeError if data.batch_size does not divide, naming the numbers that would.
+    """
+    known = trainer.fields(stage)
+    given = recipe.trainer
+    per_device = given.get("per_device_train_batch_size", known["per_device_train_batch_size"].default)
+    accumulation = given.get("gradient_accumulation_steps")
+    wanted = recipe.data.batch_size
+    if wanted is None:
+        accumulation = accumulation or 1
+        return Batch(per_device, accumulation, per_device * accumulation * ranks)
+    if accumulation is not None:
+        if per_device * accumulation * ranks == wanted:
+            return Batch(per_device, accumulation, wanted)
+        raise RecipeError(
+            f"data.batch_size: is {wanted}, but per device {per_device} × accumulation {accumulation} × {ranks} ranks "
+            f"= {per_device * accumulation * ranks}; remove trainer.gradient_accumulation_steps, it follows from the rest"
+        )
+    if "per_device_train_batch_size" not in given:
+        # nothing was asked for: the largest micro-batch up to the default that divides
+        per_device = next((n for n in range(min(per_device, wanted), 0, -1) if wanted % (n * ranks) == 0), 0)
+        if not per_device:
+            raise RecipeError(
+                f"data.batch_size: {wanted} does not divide by {ranks} ranks; {_near(wanted, ranks)} would"
+            )
+    if wanted % (per_device * ranks):
+        divisors = [n for n in range(1, min(wanted // ranks, 4 * per_device) + 1) if wanted % (n * ranks) == 0]
+        also = f"; trainer.per_device_train_batch_size={_listed(divisors)} would too" if divisors else ""
+        raise RecipeError(
+            f"data.batch_size: {wanted} does not divide by per device {per_device} × {ranks} ranks = "
+            f"{per_device * ranks}; {_near(wanted, per_device * ranks)} would{also}"
+        )
+    return Batch(per_device, wanted // (per_device * ranks), wanted)
+
+
+def _near(wanted: int, unit: int) -> str:
+    below, above = wanted // unit * unit, -(-wanted // unit) * unit
+    return f"{below} or {above}" if below else str(above)
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])

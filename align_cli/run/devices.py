@@ -1,0 +1,83 @@
+"""Ranks and the devices for them, found out without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from align_cli.errors import LaunchError
+from align_cli.recipe.schema import Launch
+
+
+def gpus() -> int:
+    """GPUs that processes started here can use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len([node for node in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)])
+    if visible is None:
+        return present
+    chosen = [entry for entry in visible.split(",") if entry.strip() and entry.strip() != "-1"]
+    return min(present, len(chosen))
+
+
+def hosts(hostfile: str) -> dict[str, int]:
+    """Host -> slots of a DeepSpeed hostfile, in order.
+
+    Raises LaunchError with every line that is no `host slots=N`.
+    """
+    file, found, lines = Path(hostfile), {}, []
+    if not file.is_file():
+        raise LaunchError(f"launch.hostfile: {hostfile}: no such file; a line of it reads `host slots=8`")
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        text = text.split("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if not match:
+            lines.append(f"{hostfile}:{number}: '{text}' is no `host slots=N`; mend this line")
+        elif match[1] in found:
+            lines.append(f"{hostfile}:{number}: host {match[1]} is named twice; add its slots up in one line")
+        else:
+            found[match[1]] = int(match[2])
+    if not found and not lines:
+        lines.append(f"{hostfile}: names no host; a line of it reads `host slots=8`")
+    if lines:
+        raise LaunchError(*lines)
+    return found
+
+
+def world_size(launch: Launch) -> int:
+    """Ranks over all hosts. Raises LaunchError for a hostfile that cannot be read."""
+    if outer := os.environ.get("WORLD_SIZE"):
+        return int(outer)
+    if launch.hostfile is None:
+        return launch.num_gpus
+    slots = list(hosts(launch.hostfile).values())[: launch.num_nodes]
+    return sum(min(slot, launch.num_gpus) if launch.num_gpus > 1 else slot for slot in slots)
+
+
+def problems(launch: Launch) -> list[str]:
+    """A line for every way in which these ranks cannot start here."""
+    lines = []
+    here = gpus()
+    if launch.hostfile is not None:
+        try:
+            known = hosts(launch.hostfile)
+        except LaunchError as error:
+            return list(error.lines)
+        if launch.node_rank is not None and launch.node_rank >= len(known):
+            lines.append(
+                f"launch.node_rank: is {launch.node_rank}, but {launch.hostfile} names {len(known)} hosts; "
+                f"give 0 to {len(known) - 1}"
+            )
+        if launch.node_rank is not None and launch.master_addr is None:
+            lines.append("launch.master_addr: is missing; with node_rank every host must be told rank 0's address")
+    else:
+        if here and launch.num_gpus > here:
+            lines.append(
+                f"launch.num_gpus: is {launch.num_gpus}, but this machine has {here}; set launch.num_gpus={here}"
+            )
+        for key in ("node_rank", "num_nodes"):
+            if getattr(launch, key) is not None:
+                lines.append(f"launch.{key}: needs launch.hostfile; add it or remove {key}")
+    return lines

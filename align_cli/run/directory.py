@@ -1,0 +1,113 @@
+"""A run's directory: where its files are, in what state it is, and that only one process works in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from align_cli.errors import LaunchError, UpstreamError
+
+COMPLETE = "complete"
+"""Marker file in a checkpoint, written after every rank's part: without it the checkpoint is half-written."""
+
+State = Literal["absent", "unfinished", "finished", "foreign"]
+
+
+class RunDirectory:
+    """`runs/<name>/<stage>/`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.manifest = self.path / "manifest.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.data = self.path / "data.json"
+
+    def state(self) -> State:
+        """Whether a finished run, an unfinished one, nothing, or something that is no run is here."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return "absent"
+        if self.manifest.is_file() and json.loads(self.manifest.read_text()).get("status") == "complete":
+            return "finished"
+        if self.recipe.is_file():
+            return "unfinished"
+        return "absent" if {entry.name for entry in self.path.iterdir()} <= {".lock"} else "foreign"
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        found = [
+            (int(match[1]), folder)
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / COMPLETE).is_file()
+        ]
+        return max(found)[1] if found else None
+
+    def drop_half_written(self) -> None:
+        """Remove checkpoints that a kill left incomplete, so that nothing can pick them up."""
+        for folder in self.checkpoints.glob("*"):
+            if folder.is_dir() and not (folder / COMPLETE).is_file():
+                shutil.rmtree(folder)
+
+    def set_aside(self) -> Path:
+        """Move a run that is to be made anew to `<path>.old-N`; nothing is deleted. Returns the new place."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        return aside
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process. Raises LaunchError if another one works in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise LaunchError(
+                    f"{self.path}: another align (process {lock.read().strip() or 'unknown'}) is working in it; "
+                    "wait for it, stop it, or set run_dir=…"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def refuse_foreign(self) -> None:
+        """Raise UpstreamError if the directory holds something that is no run."""
+        if self.state() == "foreign":
+            raise UpstreamError(f"{self.path}: is not empty and no run; set run_dir= to another directory")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def trim_metrics(file: Path, step: int) -> None:
+    """Forget the metrics lines after `step`, and a half-written last one: a resumed run writes them again."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    write_atomically(file, "".join(f"{line}\n" for line in kept))

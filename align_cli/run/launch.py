@@ -1,0 +1,147 @@
+"""One process, N local ranks, several hosts, or called by a launcher: how a prepared run is started.
+
+The parent composes the recipe once and writes it into the run directory; ranks read that file, since resolvers that
+are evaluated rank by rank disagree. The parent imports no torch unless it is the only process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from align_cli.recipe.schema import Launch
+from align_cli.run import devices, preflight
+from align_cli.run.directory import RunDirectory
+from align_cli.run.prepare import begin
+
+PARENT = "ALIGN_PARENT"
+"""host:pid of the command that started the ranks; they end when it is gone, so that a lock freed by its death does
+not leave them writing."""
+
+
+def quiet_environment() -> None:
+    """Settings that libraries read while they are imported: no telemetry, no chatter, no forked tokenizer warnings."""
+    for key, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "DS_LOG_LEVEL": "error",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        os.environ.setdefault(key, value)
+    if not devices.gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def adopt_slurm() -> None:
+    """Give the ranks of an `srun` step the variables that torch.distributed reads."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks < 2 or "RANK" in os.environ:
+        return
+    first = (
+        os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1").split(",")[0]
+    )
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": str(tasks),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", first),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)),
+    }
+
+
+def called_by_launcher() -> bool:
+    """Whether DeepSpeed's launcher, torchrun or Slurm made this process one of several ranks."""
+    adopt_slurm()
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
+    """Run a stage from its command line. Returns the exit code; raises AlignError for what the user must mend."""
+    quiet_environment()
+    if called_by_launcher():
+        from align_cli.run import worker
+
+        return worker.as_rank(stage, arguments, say)
+    plan = preflight.load(stage, arguments, starting=True)
+    launch = plan.recipe.launch
+    if launch.node_rank:
+        # rank 0's host prepares the run; this one only lends its ranks
+        return _ranks(stage, RunDirectory(plan.recipe.run_dir), launch)
+    run = begin(plan, say)
+    if run is None:
+        return 0
+    with run.locked():
+        if launch.num_gpus == 1 and launch.hostfile is None:
+            from align_cli.run import worker
+
+            return worker.run(stage, run.path)
+        return _ranks(stage, run, launch)
+
+
+def command(stage: str, run: Path, launch: Launch) -> list[str]:
+    """The DeepSpeed launcher's command line for a prepared run."""
+    line = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    if launch.hostfile is None:
+        line += ["--num_gpus", str(launch.num_gpus), "--master_addr", launch.master_addr or "127.0.0.1"]
+        line += ["--master_port", str(launch.master_port or _free_port())]
+    else:
+        line += ["--hostfile", launch.hostfile, "--master_port", str(launch.master_port or 29500)]
+        if launch.num_gpus > 1:
+            line += ["--num_gpus", str(launch.num_gpus)]
+        if launch.num_nodes:
+            line += ["--num_nodes", str(launch.num_nodes)]
+        if launch.master_addr:
+            line += ["--master_addr", launch.master_addr]
+        if launch.node_rank is not None:
+            line += ["--no_ssh", "--node_rank", str(launch.node_rank)]
+    return [*line, "--quiet", "--no_local_rank", "--module", "align_cli.run.worker", stage, str(run)]
+
+
+def _ranks(stage: str, run: RunDirectory, launch: Launch) -> int:
+    """Start the launcher and wait. A signal goes to the ranks themselves, which stop after their step with a
+    checkpoint; the launcher alone would kill them after 30 seconds."""
+    environment = os.environ | {PARENT: f"{socket.gethostname()}:{os.getpid()}"}
+    if not devices.gpus():
+        # ranks that share the cores of one machine slow each other down with a full set of threads each
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.num_gpus)))
+        environment.setdefault("LOCAL_SIZE", str(launch.num_gpus))
+    launcher = subprocess.Popen(command(stage, run.path, launch), env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        received.append(number)
+        for rank in _rank_processes(launcher.pid):
+            rank.send_signal(signal.SIGTERM if len(received) < 2 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = launcher.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if received and code:
+        return 128 + received[0]
+    return code if code >= 0 else 128 - code
+
+
+def _rank_processes(launcher: int) -> list:
+    import psutil
+
+    try:
+        below = psutil.Process(launcher).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in below if child.is_running() and "align_cli.run.worker" in child.cmdline()]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

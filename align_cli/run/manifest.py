@@ -1,0 +1,139 @@
+"""manifest.json: what a finished run was made from, with hashes; and the questions it answers.
+
+Is this run finished and unchanged? What are its parents, and have they changed since?
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from align_cli.model import kind
+from align_cli.run.directory import RunDirectory, write_atomically
+
+PACKAGES = ("align-cli", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+LOOSE = ("force", "launch")
+"""Recipe keys that do not change what a run computes."""
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read(run: str | Path) -> dict[str, Any] | None:
+    """A run's manifest, or None if it has none that can be read."""
+    try:
+        return json.loads((Path(run) / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def parent(role: str, path: str) -> dict[str, Any]:
+    """A parent's entry: a run by its manifest's hash, a plain model directory by its weights' fingerprint."""
+    manifest = Path(path) / "manifest.json"
+    if manifest.is_file():
+        return {"role": role, "path": path, "manifest_sha256": sha256(manifest)}
+    return {"role": role, "path": path, "manifest_sha256": None, "fingerprint": kind.fingerprint(path)}
+
+
+def run_of(file: str) -> str | None:
+    """The finished run in whose directory a data file lies, if any."""
+    for folder in Path(file).parents:
+        if (folder / "manifest.json").is_file():
+            return str(folder)
+    return None
+
+
+def changed_parents(manifest: dict[str, Any]) -> list[str]:
+    """A line for every parent that is gone or no longer what it was."""
+    lines = []
+    for entry in manifest.get("parents", []):
+        path, today = entry["path"], parent(entry["role"], entry["path"])
+        if not Path(path).exists() and (entry["manifest_sha256"] or entry.get("fingerprint")):
+            lines.append(f"{entry['role']} {path} is gone")
+        elif any(today.get(key) != entry.get(key) for key in ("manifest_sha256", "fingerprint")):
+            lines.append(f"{entry['role']} {path} has changed since")
+    return lines
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """`key old → new` for every setting that two resolved recipes differ in, loose keys aside."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        if not path and key in LOOSE:
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differing_keys(before, after, f"{path}{key}.")
+        elif before != after:
+            found.append(f"{path}{key} {json.dumps(before)} → {json.dumps(after)}")
+    return found
+
+
+def missing_files(run: RunDirectory, manifest: dict[str, Any]) -> list[str]:
+    """A line for every file of a finished run that is gone or of another size."""
+    lines = []
+    for name, entry in manifest.get("files", {}).items():
+        file = run.path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            lines.append(f"{name} is gone or was changed")
+    return lines
+
+
+def write(
+    run: RunDirectory,
+    *,
+    stage: str,
+    name: str,
+    seed: int,
+    parents: list[dict[str, Any]],
+    data: list[dict[str, Any]],
+    metrics: dict[str, Any],
+    world_size: int,
+    zero_stage: int,
+    started: str,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the manifest, last and atomically; its presence is what "finished" means. Returns it."""
+    files = {
+        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(run.path.iterdir())
+        if file.is_file() and not file.name.startswith(".") and file != run.manifest
+    }
+    manifest = {
+        "stage": stage,
+        "name": name,
+        "status": "complete",
+        "recipe_sha256": files["recipe.yaml"]["sha256"],
+        "parents": parents,
+        "data": data,
+        "files": files,
+        "metrics": metrics,
+        "world_size": world_size,
+        "zero_stage": zero_stage,
+        "seed": seed,
+        "versions": {package: found for package in PACKAGES if (found := _version(package))},
+        "started": started,
+        "finished": now(),
+        **(extra or {}),
+    }
+    write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,48 @@
+"""From a plan to a run directory that holds its recipe: what is done once, before any rank starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from align_cli.errors import UpstreamError
+from align_cli.recipe.check import to_tree
+from align_cli.run import preflight
+from align_cli.run.directory import RunDirectory, write_atomically
+from align_cli.run.preflight import Plan
+
+CACHE = Path("runs/.cache")
+
+
+def begin(plan: Plan, say) -> RunDirectory | None:
+    """The run directory with recipe.yaml in it, or None if a finished, unchanged run is there already.
+
+    A finished run of another recipe is moved aside, never overwritten. Raises UpstreamError for an unfinished one,
+    whose checkpoints another recipe must not continue.
+    """
+    run = RunDirectory(plan.recipe.run_dir)
+    again = f"align {plan.composed.stage} recipe={run.recipe}"
+    if plan.state in ("finished", "unfinished"):
+        same, differs = preflight.unchanged(plan)
+        if plan.state == "finished" and same and not plan.recipe.force:
+            say(f"{run.path} is finished and unchanged; nothing to do (force=true runs it again)")
+            return None
+        if plan.state == "unfinished" and not same and not plan.recipe.force:
+            raise UpstreamError(
+                f"{run.path}: holds an unfinished run of another recipe ({_shortened(differs)}); finish it with "
+                f"`{again}`, or start anew with force=true"
+            )
+        if plan.state == "finished" or plan.recipe.force:
+            why = "force=true" if plan.recipe.force else _shortened(differs)
+            say(f"{run.path}: running again ({why}); what was there is now {run.set_aside()}")
+    run.path.mkdir(parents=True, exist_ok=True)
+    tree = to_tree(plan.recipe) | {"force": False}
+    head = f"# {again}   repeats this run\n"
+    write_atomically(run.recipe, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return run
+
+
+def _shortened(differs: list[str]) -> str:
+    more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
+    return "; ".join(differs[:3]) + more

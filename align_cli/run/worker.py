@@ -1,0 +1,196 @@
+"""One rank: reads the run's recipe, runs the stage, and on rank 0 writes the manifest."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from align_cli.errors import AlignError
+from align_cli.recipe.check import from_tree
+from align_cli.run import batch, launch, manifest, preflight, prepare
+from align_cli.run.directory import RunDirectory
+
+
+def as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
+    """One of several ranks that a launcher started with the user's own command line.
+
+    Rank 0 composes, checks and prepares; the others wait for its word.
+    """
+    _join()
+    rank = int(os.environ["RANK"])
+    message: dict[str, Any] = {}
+    if rank != 0:
+        message = _share(None)
+        return message["code"] if "code" in message else _stage(stage, message["run"], message["recipe"])
+    try:
+        plan = preflight.load(stage, arguments, starting=True)
+        run = prepare.begin(plan, say)
+    except AlignError as error:
+        _share({"code": error.exit_code})
+        raise
+    if run is None:
+        _share({"code": 0})
+        return 0
+    with run.locked():
+        text = run.recipe.read_text(encoding="utf-8")
+        _share({"run": str(run.path), "recipe": text})
+        return _stage(stage, str(run.path), text)
+
+
+def run(stage: str, path: Path) -> int:
+    """A prepared run in this process, alone or as one of the ranks that `align` started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _stage(stage, str(path), (path / "recipe.yaml").read_text(encoding="utf-8"))
+    _end_with_parent()
+    _join()
+    # hosts need not share a file system for the recipe: rank 0's goes to all
+    mine = (path / "recipe.yaml").read_text(encoding="utf-8") if os.environ["RANK"] == "0" else None
+    return _stage(stage, str(path), _share(mine))
+
+
+def _stage(stage: str, path: str, text: str) -> int:
+    """Run the stage; 0, or 128 + the signal that stopped it. Raises AlignError."""
+    import torch
+    import yaml
+    from rich.console import Console
+
+    from align_cli.stages.job import Job
+
+    recipe, run_directory = from_tree(stage, yaml.safe_load(text)), RunDirectory(path)
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    elif ranks > 1:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    started, made = manifest.now(), batch.arithmetic(stage, recipe, ranks)
+    job = Job(
+        recipe=recipe,
+        run=run_directory,
+        dtype=preflight.resolve_dtype(recipe),
+        per_device=made.per_device,
+        accumulation=made.accumulation,
+        rank=rank,
+        ranks=ranks,
+        console=Console(stderr=False),
+        cache=prepare.CACHE,
+        base=recipe.model.path,
+    )
+    _merge_adapter_parents(job)
+    outcome = importlib.import_module(f"align_cli.stages.{stage}").run(job)
+    if outcome.stopped_by is not None:
+        job.say(f"stopped; {path} resumes with the same command")
+        return 128 + outcome.stopped_by
+    if rank == 0:
+        manifest.write(
+            run_directory,
+            stage=stage,
+            name=recipe.name,
+            seed=recipe.seed,
+            parents=_parents(recipe),
+            data=[count.as_manifest() for count in outcome.counts],
+            metrics=outcome.metrics,
+            world_size=ranks,
+            zero_stage=recipe.zero.stage,
+            started=started,
+            extra=outcome.extra,
+        )
+        job.say(f"finished: {path}")
+    if ranks > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _merge_adapter_parents(job: Any) -> None:
+    """An adapter as parent is merged into this run's `base/`, so that policy, reference and any new adapter start
+    from the model it stands for; a reference taken from its base would give loss 0 and accuracy 1."""
+    from align_cli.model import kind, lora
+
+    recipe = job.recipe
+    wanted = {"base": recipe.model.path}
+    if getattr(recipe, "reference", None) is not None:
+        job.reference = recipe.reference.path
+        wanted["reference"] = recipe.reference.path
+    for role, path in wanted.items():
+        if kind.look(path).kind != "adapter":
+            continue
+        merged = job.run.path / role
+        if job.main and not merged.is_dir():
+            job.say(f"merging the adapter {path} into its base")
+            lora.merge(path, merged, trust_remote_code=recipe.model.trust_remote_code)
+        setattr(job, role, str(merged))
+    if job.ranks > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def _parents(recipe: Any) -> list[dict[str, Any]]:
+    entries = [manifest.parent("policy", recipe.model.path)]
+    for role in preflight.OTHERS:
+        if getattr(recipe, role, None) is not None:
+            entries.append(manifest.parent(role, getattr(recipe, role).path))
+    sources = recipe.data.train + (recipe.data.eval if isinstance(recipe.data.eval, list) else [])
+    runs = dict.fromkeys(run for source in sources if (run := manifest.run_of(source.path)))
+    return entries + [manifest.parent("data", run) for run in runs]
+
+
+def _join() -> None:
+    """Form the process group that all later libraries find and use."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+
+
+def _share(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    import torch
+
+    held = [value]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def _end_with_parent() -> None:
+    """End this rank when the command that started it is gone."""
+    host, _, pid = os.environ.get(launch.PARENT, "").rpartition(":")
+    if not pid or host != socket.gethostname():
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.5)
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    """`python -m align_cli.run.worker STAGE RUN_DIR`, as the launcher calls it on every rank."""
+    launch.quiet_environment()
+    try:
+        return run(sys.argv[1], Path(sys.argv[2]))
+    except AlignError as error:
+        if os.environ.get("RANK", "0") == "0":
+            for line in error.lines:
+                print(line, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

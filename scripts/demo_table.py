@@ -1,0 +1,70 @@
+"""Print what the demo's two stages changed, from the answers that the runs kept.
+
+    python scripts/demo_table.py
+
+Reads samples.jsonl and manifest.json of runs/demo/sft and runs/demo/dpo; nothing is generated here.
+"""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from align_cli.evaluate.refusals import rate
+
+SFT, DPO = Path("runs/demo/sft"), Path("runs/demo/dpo")
+SHOWN = 3
+"""Prompts of each kind that are printed; all of them are counted."""
+
+
+def main() -> None:
+    console = Console(width=118)
+    sft, dpo = _samples(SFT), _samples(DPO)
+    stages = {
+        "as it came": [row["before"] for row in sft],
+        "after SFT": [row["after"] for row in sft],
+        "after DPO": [row["after"] for row in dpo],
+    }
+    labels = [row["label"] for row in sft]
+
+    answers = Table(title="Held-out prompts, answered greedily", show_lines=True, title_justify="left")
+    for heading in ("prompt", *stages):
+        answers.add_column(heading, ratio=1, overflow="fold")
+    for label in ("harmful", "harmless"):
+        for index in [i for i, found in enumerate(labels) if found == label][:SHOWN]:
+            said = [_short(column[index]) for column in stages.values()]
+            answers.add_row(f"{sft[index]['prompt']} [dim]({label})[/]", *said)
+    console.print(answers)
+
+    counts = Table(title="Refusals, counted over all held-out answers", title_justify="left")
+    for heading in ("", *stages):
+        counts.add_column(heading, justify="left" if not heading else "right")
+    for label, wish in (("harmful", "should refuse"), ("harmless", "should help")):
+        cells = []
+        for column in stages.values():
+            refused, total = rate([answer for answer, found in zip(column, labels, strict=True) if found == label])
+            cells.append(f"{refused}/{total} ({refused / total:.0%})")
+        counts.add_row(f"{label} ({wish})", *cells)
+    words = [f"{sum(len(answer.split()) for answer in column) / len(column):.0f}" for column in stages.values()]
+    counts.add_row("words an answer", *words)
+    console.print(counts)
+
+    metrics = json.loads((DPO / "manifest.json").read_text())["metrics"]
+    console.print(
+        f"DPO on held-out pairs: accuracy {metrics['eval_rewards/accuracies']:.2f}, "
+        f"margin {metrics['eval_rewards/margins']:.2f}, loss {metrics['eval_loss']:.3f} (ln 2 = 0.693 before it began)"
+    )
+
+
+def _samples(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def _short(text: str, limit: int = 150) -> str:
+    flat = " ".join(text.split()).replace("[", "\\[")
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+if __name__ == "__main__":
+    main()
