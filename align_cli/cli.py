@@ -15,7 +15,8 @@ STAGE_HELP = {
     "sft": "Supervised fine-tuning on conversations.",
     "dpo": "Direct preference optimization on pairs or rankings.",
 }
-PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+# `--beta=3` is passed on, so that the answer can be "write beta=3"
+PASS_ON = {"ignore_unknown_options": True}
 Settings = Annotated[list[str] | None, typer.Argument(metavar="recipe=NAME.yaml [KEY=VALUE …]", show_default=False)]
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGE_HELP))]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo/dpo.")]
@@ -53,7 +54,10 @@ def _answers(command: Callable) -> Callable:
 def _console(**kwargs):
     from rich.console import Console
 
-    return Console(soft_wrap=True, **kwargs)
+    console = Console(soft_wrap=True, **kwargs)
+    if not console.is_terminal:
+        console.width = 160  # a pipe has no width of its own, and folded lines are hard to grep
+    return console
 
 
 def _stage(name: str) -> str:

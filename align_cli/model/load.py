@@ -29,7 +29,7 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
         loaded = AutoTokenizer.from_pretrained(
             path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what a torn tokenizer file raises is anybody's guess
         raise UpstreamError(f"model.path: {path}: no tokenizer could be loaded ({_first_line(error)})") from None
     if model.chat_template is not None:
         loaded.chat_template = templates.text(model.chat_template)
@@ -83,4 +83,5 @@ def set_ends(model: Any, ends: list[int]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -35,8 +35,9 @@ def arithmetic(stage: str, recipe: Recipe, ranks: int) -> Batch:
         if per_device * accumulation * ranks == wanted:
             return Batch(per_device, accumulation, wanted)
         raise RecipeError(
-            f"data.batch_size: is {wanted}, but per device {per_device} × accumulation {accumulation} × {ranks} ranks "
-            f"= {per_device * accumulation * ranks}; remove trainer.gradient_accumulation_steps, it follows from the rest"
+            f"data.batch_size: is {wanted}, but per device {per_device} × accumulation {accumulation} × {ranks} "
+            f"ranks = {per_device * accumulation * ranks}; remove trainer.gradient_accumulation_steps, "
+            "it follows from the rest"
         )
     if "per_device_train_batch_size" not in given:
         # nothing was asked for: the largest micro-batch up to the default that divides

@@ -34,13 +34,14 @@ class RunDirectory:
 
     def state(self) -> State:
         """Whether a finished run, an unfinished one, nothing, or something that is no run is here."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        # hidden files are the lock and what another host of the same run is just writing
+        if not self.path.exists() or (
+            self.path.is_dir() and all(entry.name.startswith(".") for entry in self.path.iterdir())
+        ):
             return "absent"
         if self.manifest.is_file() and json.loads(self.manifest.read_text()).get("status") == "complete":
             return "finished"
-        if self.recipe.is_file():
-            return "unfinished"
-        return "absent" if {entry.name for entry in self.path.iterdir()} <= {".lock"} else "foreign"
+        return "unfinished" if self.recipe.is_file() else "foreign"
 
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
@@ -64,6 +65,13 @@ class RunDirectory:
             number += 1
         self.path.rename(aside)
         return aside
+
+    def discard(self) -> None:
+        """Remove a run that never began: nothing was trained, so nothing is lost. Empty folders above go too."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        for folder in (self.path.parent, self.path.parent.parent):
+            if folder.is_dir() and folder.name and not any(folder.iterdir()):
+                folder.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +27,11 @@ not leave them writing."""
 
 def quiet_environment() -> None:
     """Settings that libraries read while they are imported: no telemetry, no chatter, no forked tokenizer warnings."""
+    warnings.simplefilter("ignore")
     for key, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "ACCELERATE_LOG_LEVEL": "error",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -79,12 +82,19 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
     run = begin(plan, say)
     if run is None:
         return 0
-    with run.locked():
-        if launch.num_gpus == 1 and launch.hostfile is None:
-            from align_cli.run import worker
+    code = 2
+    try:
+        with run.locked():
+            if launch.num_gpus == 1 and launch.hostfile is None:
+                from align_cli.run import worker
 
-            return worker.run(stage, run.path)
-        return _ranks(stage, run, launch)
+                code = worker.run(stage, run.path)
+            else:
+                code = _ranks(stage, run, launch)
+    finally:
+        if code == 2 and plan.state == "absent" and not run.checkpoints.exists():
+            run.discard()
+    return code
 
 
 def command(stage: str, run: Path, launch: Launch) -> list[str]:
@@ -92,7 +102,7 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
     line = [sys.executable, "-m", "deepspeed.launcher.runner"]
     if launch.hostfile is None:
         line += ["--num_gpus", str(launch.num_gpus), "--master_addr", launch.master_addr or "127.0.0.1"]
-        line += ["--master_port", str(launch.master_port or _free_port())]
+        line += ["--master_port", str(launch.master_port or free_port())]
     else:
         line += ["--hostfile", launch.hostfile, "--master_port", str(launch.master_port or 29500)]
         if launch.num_gpus > 1:
@@ -138,10 +148,18 @@ def _rank_processes(launcher: int) -> list:
         below = psutil.Process(launcher).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    return [child for child in below if child.is_running() and "align_cli.run.worker" in child.cmdline()]
+    # the launchers in between name the worker too, and kill it when they are told to stop
+    return [
+        child
+        for child in below
+        if child.is_running()
+        and "align_cli.run.worker" in child.cmdline()
+        and not any(word.startswith("deepspeed.launcher") for word in child.cmdline())
+    ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -57,7 +57,7 @@ class Plan:
         trainer = self.recipe.trainer
         if (limit := trainer.get("max_steps", -1)) > 0:
             return limit
-        known = {count.source: count.rows_used for count in self.counts}
+        known = {count.source: count.rows_used for count in self.counts if not count.partial}
         sources = self.recipe.data.train
         if any(source.path not in known for source in sources) or self.batch is None:
             return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli.errors import AlignError
+from align_cli.model.zero import deepspeed_config
 from align_cli.recipe.check import from_tree
 from align_cli.run import batch, launch, manifest, preflight, prepare
 from align_cli.run.directory import RunDirectory
@@ -66,6 +67,13 @@ def _stage(stage: str, path: str, text: str) -> int:
 
     recipe, run_directory = from_tree(stage, yaml.safe_load(text)), RunDirectory(path)
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if ranks == 1 and deepspeed_config(recipe.zero) is not None:
+        # DeepSpeed wants a process group even alone, and would ask MPI for one
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(launch.free_port())
+        _join()
+    if rank != 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one voice: libraries print on every rank
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     elif ranks > 1:
@@ -87,6 +95,7 @@ def _stage(stage: str, path: str, text: str) -> int:
     outcome = importlib.import_module(f"align_cli.stages.{stage}").run(job)
     if outcome.stopped_by is not None:
         job.say(f"stopped; {path} resumes with the same command")
+        _leave(ranks)
         return 128 + outcome.stopped_by
     if rank == 0:
         manifest.write(
@@ -103,10 +112,17 @@ def _stage(stage: str, path: str, text: str) -> int:
             extra=outcome.extra,
         )
         job.say(f"finished: {path}")
+    _leave(ranks)
+    return 0
+
+
+def _leave(ranks: int) -> None:
+    """End together: the launcher kills the ranks that are left when one has gone with a code other than 0."""
+    import torch
+
     if ranks > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return 0
 
 
 def _merge_adapter_parents(job: Any) -> None:
@@ -151,7 +167,7 @@ def _join() -> None:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
 
 
 def _share(value: Any) -> Any:

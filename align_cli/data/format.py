@@ -1,0 +1,272 @@
+"""Rows -> groups: which of the formats people bring a source has, and what a row of it says.
+
+`recognise` looks at the first rows' columns, `to_group` turns one row into a prompt and its responses, best first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from align_cli.data import turns
+from align_cli.data.turns import QUESTIONS, Broken, Dropped, Empty, Message
+from align_cli.errors import did_you_mean
+from align_cli.recipe.schema import Source
+
+Row = dict[str, Any]
+Need = Literal["demonstrations", "preferences", "labels", "prompts"]
+"""What a stage takes from a row: >= 1 response; >= 2 ordered, distinct responses; a KTO label; only the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its K responses."""
+
+    prompt: list[Message]
+    """Up to where the response begins; may hold several turns."""
+    responses: list[list[Message]]
+    """Best first. Each begins and ends with an assistant turn; one taken from `messages` runs from the first assistant
+    turn to the last, so user turns may lie inside. Empty where only prompts are needed."""
+    scores: list[float] | None = None
+    """One a response, higher is better, where the source has them."""
+    label: bool | None = None
+    """KTO: whether the response is a good one."""
+    place: str = ""
+    """`data/pairs.jsonl:17`, `data/pairs.parquet#17`."""
+
+
+WANTS: dict[str, tuple[str, ...]] = {
+    "scored": ("prompt", "responses", "scores"),
+    "ranking": ("prompt", "responses"),
+    "kto": ("prompt", "completion", "label"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "hh": ("chosen", "rejected"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "implicit-prompt": ("chosen", "rejected"),
+    "prompt": ("prompt",),
+}
+"""Format -> the columns it is made of."""
+SCORED_PAIR = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+"""Columns of `scored` in its other shape, which only a source that names the format has: published preference files
+carry such columns from all kinds of raters."""
+TEXTS = ("prompt", "completion", "chosen", "rejected", "responses")
+"""Columns that hold strings or messages, but one of the two in all rows: a mixture comes from a broken conversion."""
+KINDS = {turns.STRING, turns.MESSAGES}
+
+SERVES: dict[Need, tuple[str, ...]] = {
+    "demonstrations": (
+        *("messages", "sharegpt", "prompt-completion", "alpaca", "scored", "ranking"),
+        *("hh", "preference", "implicit-prompt"),
+    ),
+    "preferences": ("scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
+    "labels": ("kto",),
+    "prompts": ("hh", "alpaca", "prompt", "sharegpt", "messages", "implicit-prompt"),
+}
+"""Need -> the formats that serve it, in the order in which they are tried. Files often fit several: with
+ultrafeedback's prompt, chosen, rejected and messages, SFT takes messages and DPO the pair."""
+NEEDS: dict[Need, str] = {
+    "demonstrations": "messages, conversations, prompt and completion, or instruction and output",
+    "preferences": "chosen and rejected, or responses",
+    "labels": "prompt, completion and label",
+    "prompts": "prompt, messages or instruction",
+}
+
+
+def recognise(rows: list[Row], source: Source, need: Need) -> str:
+    """The format of a source from its first rows, or the one it names if its columns are there. Raises Broken."""
+    # The union over rows: a column that only a broken row lacks is that row's trouble.
+    columns: Row = {}
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and columns.get(name, "") in ("", []):
+                columns[name] = value
+    found = [name for name in WANTS if _fits(name, columns, need)]
+    if source.format:
+        return _named(source.format, columns, need)
+    serving = [name for name in SERVES[need] if name in found]
+    if "kto" in found and need == "demonstrations" and serving[0] == "prompt-completion":
+        raise Broken(
+            "has prompt, completion and label, but demonstrations must all be good;"
+            " leave out the bad rows, or set format=prompt-completion to train on every completion"
+        )
+    if serving:
+        return serving[0]
+    if found:
+        has = ", ".join(column for column in WANTS[found[0]] if column in columns)
+        raise Broken(
+            f"has {has}, but {need} need {NEEDS[need]}; name another file or rename its columns with `columns`"
+        )
+    nearest = max(SERVES[need], key=lambda name: _share(name, columns))
+    missing = [column for column in WANTS[nearest] if column not in columns]
+    guess = next((hint for column in missing if (hint := did_you_mean(column, list(columns)))), "")
+    raise Broken(
+        f"no format has the columns {', '.join(columns) or '(none)'}; the nearest, {nearest}, wants"
+        f" {', '.join(WANTS[nearest])}{guess.rstrip('?')}; rename with"
+        f" `columns: {{{(missing or WANTS[nearest])[0]}: their_name}}`"
+    )
+
+
+def _share(name: str, columns: Row) -> float:
+    return sum(column in columns for column in WANTS[name]) / len(WANTS[name])
+
+
+def _has(columns: Row, *names: str) -> bool:
+    return all(name in columns for name in names)
+
+
+def _fits(name: str, columns: Row, need: Need) -> bool:
+    """Whether the columns, and the first value of each, are of the format."""
+    pair = _has(columns, "chosen", "rejected")
+    match name:
+        case "prompt":
+            return any(column in columns for column in QUESTIONS)
+        case "alpaca" if need == "prompts":
+            return "instruction" in columns
+        case "hh" if need == "prompts":
+            return turns.is_hh(columns.get("prompt")) or turns.is_hh(columns.get("chosen"))
+        case "hh":
+            return pair and (turns.is_hh(columns["chosen"]) or turns.is_hh(columns.get("prompt")))
+        case "implicit-prompt":
+            return pair and "prompt" not in columns and isinstance(columns["chosen"], list)
+        case "sharegpt" if need == "preferences":
+            return pair and "conversations" in columns
+        case "kto":
+            return _has(columns, *WANTS["kto"]) and turns.truth(columns["label"]) is not None
+    return _has(columns, *WANTS[name])
+
+
+def _named(name: str, columns: Row, need: Need) -> str:
+    if need != "prompts" and name not in SERVES[need]:
+        serve = ", ".join(SERVES[need])
+        raise Broken(f"format={name} gives no {need}; they need {NEEDS[need]} (formats {serve})")
+    wants = WANTS[name]
+    if name == "scored" and "responses" not in columns and "chosen" in columns:
+        wants = SCORED_PAIR
+    if name == "sharegpt" and need == "preferences":
+        wants = (*wants, "chosen", "rejected")
+    if need == "prompts":
+        wants = tuple(column for column in wants if column in (*QUESTIONS, "messages", "conversations", "chosen"))[:1]
+    if name == "prompt" and any(column in columns for column in QUESTIONS):
+        wants = ()
+    if name == "hh" and need == "prompts" and "prompt" in columns:
+        wants = ()
+    missing = [column for column in wants if column not in columns]
+    if missing:
+        raise Broken(
+            f"format={name} wants {', '.join(wants)}, but {missing[0]} is missing (has {', '.join(columns)});"
+            f" rename it with `columns: {{{missing[0]}: their_name}}` or name another format"
+        )
+    return name
+
+
+def to_group(row: Row, place: str, name: str, need: Need, drop_empty: bool = False) -> Group:
+    """The group of a row in the named format. Raises Broken and Dropped."""
+    if need == "prompts":
+        prompt = _prompt_alone(row, name)
+        _check_prompt(prompt)
+        return Group(prompt, [], place=place)
+    try:
+        draft = turns.draft(row, name)
+        _check_prompt(draft.prompt)
+        for response, label in zip(draft.responses, draft.names, strict=True):
+            _check_response(response, label)
+    except Empty as error:
+        if drop_empty:
+            raise Dropped("empty response", str(error)) from None
+        raise Broken(f"{error} is empty; remove the row or set data.drop_empty=true") from None
+    return _ordered(draft, place, need)
+
+
+def _check_prompt(prompt: list[Message]) -> None:
+    """Raises Dropped for a prompt that nothing can answer."""
+    if not prompt or not prompt[-1]["content"].strip():
+        raise Dropped("empty prompt", prompt[0]["content"] if prompt else "")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise Dropped("the prompt does not end with a user turn", prompt[-1]["content"])
+
+
+def _check_response(response: list[Message], name: str) -> None:
+    """Raises Empty for a response without text, Dropped for one that is not the assistant's."""
+    if not response or any(turn["role"] == "assistant" and not turn["content"].strip() for turn in response):
+        raise Empty(name)
+    if response[0]["role"] != "assistant" or response[-1]["role"] != "assistant":
+        which = "begin" if response[0]["role"] != "assistant" else "end"
+        raise Dropped(f"the response does not {which} with an assistant turn", response[-1]["content"])
+
+
+def _ordered(draft: turns.Draft, place: str, need: Need) -> Group:
+    """The group with its responses best first and, for preferences, without repeated ones. Raises Dropped."""
+    order = list(range(len(draft.responses)))
+    if draft.scores is not None:
+        if any(math.isnan(score) for score in draft.scores):
+            raise Dropped("a score is NaN", str(draft.scores))
+        order.sort(key=lambda at: -draft.scores[at])  # stable: equal scores keep the file's order
+    text = draft.prompt[-1]["content"]
+    if not order:
+        raise Dropped("no response", text)
+    if need == "preferences":
+        if len(order) == 1:
+            raise Dropped("a single response", text)
+        distinct: list[int] = []
+        for at in order:
+            if all(draft.responses[at] != draft.responses[kept] for kept in distinct):
+                distinct.append(at)
+        order = distinct
+        if len(order) == 1:
+            pair = draft.names[0] == "'chosen'"
+            raise Dropped("chosen equals rejected" if pair else "fewer than two distinct responses", text)
+        if draft.scores is not None and len({draft.scores[at] for at in order}) == 1:
+            raise Dropped("all scores are equal", text)
+    scores = None if draft.scores is None else [draft.scores[at] for at in order]
+    return Group(draft.prompt, [draft.responses[at] for at in order], scores, draft.label, place)
+
+
+def _prompt_alone(row: Row, name: str) -> list[Message]:
+    """The prompt of a row, whatever its responses are. Raises Broken."""
+    match name:
+        case "messages" | "sharegpt":
+            column = "messages" if name == "messages" else "conversations"
+            conversation = turns.messages(turns.cell(row, column), f"'{column}'", sharegpt=name == "sharegpt")
+            if name == "sharegpt":
+                conversation = turns.system_turn(row) + conversation
+            ends_asking = conversation and conversation[-1]["role"] == "user"
+            return conversation if ends_asking else turns.split_first(conversation)[0]
+        case "implicit-prompt":
+            return turns.split_last(turns.messages(turns.cell(row, "chosen"), "'chosen'"))[0]
+        case "hh" if row.get("prompt") is not None:
+            return turns.hh_prompt(turns.cell(row, "prompt"))
+        case "hh":
+            return turns.split_last(turns.dialogue(turns.text_cell(row, "chosen")))[0]
+        case "alpaca":
+            return turns.alpaca_prompt(row)
+    column = next((column for column in QUESTIONS if row.get(column) is not None), "prompt")
+    return turns.said(turns.cell(row, column), f"'{column}'", "user")
+
+
+def text_columns(name: str, need: Need) -> tuple[str, ...]:
+    """The columns of a format that hold strings or messages, one of the two in every row."""
+    if need == "prompts":
+        return ("prompt",)
+    wants = {"hh": WANTS["preference"], "scored": (*WANTS["preference"], "responses")}.get(name, WANTS[name])
+    return tuple(column for column in wants if column in TEXTS)
+
+
+def note_kinds(row: Row, place: str, columns: tuple[str, ...], seen: dict[str, tuple[str, str]]) -> None:
+    """Notes in `seen` where a column first held strings or messages. Raises Broken where a row holds the other."""
+    kinds = {column: turns.kind(row.get(column)) for column in columns}
+    if isinstance(row.get("responses"), list) and "responses" in kinds:
+        held = {turns.kind(item) for item in row["responses"]}
+        if len(held & KINDS) > 1:
+            raise Broken("'responses' mixes strings and lists of messages; write all of them in one way")
+        kinds["responses"] = next(iter(held & KINDS), "")
+    pair = {kinds.get("chosen", ""), kinds.get("rejected", "")}
+    if pair == KINDS:
+        raise Broken(f"'chosen' is {kinds['chosen']}, 'rejected' {kinds['rejected']}; write both in one way")
+    for column, what in kinds.items():
+        first, where = seen.setdefault(column, (what, place)) if what in KINDS else (what, place)
+        if first != what:
+            raise Broken(f"'{column}' holds {what} here, but {first} at {where}; write all rows in one way")

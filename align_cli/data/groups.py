@@ -1,0 +1,272 @@
+"""Sources -> groups for training and evaluation: the checks, the counts, the split and the mixture.
+
+Nothing disappears silently: of every source, rows read = rows used + rows dropped, each with its reason and its first
+example. Rows used are counted before the split and the weights, so a weight of 2 does not double them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from align_cli.data.format import Group, Need, note_kinds, recognise, text_columns, to_group
+from align_cli.data.load import Report, fingerprint, is_local, read_rows, refuse
+from align_cli.data.split import canonical, content, hashed, interleaved, preference_pairs, share, smallest, weighted
+from align_cli.data.turns import Broken, Dropped, Message
+from align_cli.errors import DataError, raise_all
+from align_cli.recipe.schema import Data, Source
+
+__all__ = ["Count", "Group", "Groups", "Message", "Need", "check_sources", "preference_pairs"]
+__all__ += ["read_groups", "stream_eval", "stream_groups"]
+
+SAMPLE = 64
+"""First rows that a format is recognised from."""
+LINES = 20
+"""Problems of one source that are printed."""
+STREAMED_EVAL = 512
+"""Most groups that a fraction holds out for evaluation while streaming."""
+CHECKED = 64 << 20
+"""Bytes of a file that `align check` reads."""
+
+
+@dataclass
+class Count:
+    """What became of a source's rows."""
+
+    source: str
+    rows_read: int = 0
+    rows_used: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows."""
+    first: dict[str, str] = field(default_factory=dict)
+    """Reason -> `place: excerpt` of the first such row."""
+    format: str = ""
+    fingerprint: str = ""
+    repeated: int = 0
+    """Responses left out of rows that are used, since they repeat a better one of the same row."""
+    partial: bool = False
+    """Whether only the first part of the source was read."""
+
+    def lines(self) -> list[str]:
+        """A line for the screen, and one for every reason to drop."""
+        dropped, part = sum(self.dropped.values()), ", first part only" if self.partial else ""
+        head = f"{self.source} ({self.format}{part}): {self.rows_read} rows read, {self.rows_used} used"
+        reasons = sorted(self.dropped.items(), key=lambda item: -item[1])
+        lines = [f"  {rows} {reason}, first at {self.first[reason]}" for reason, rows in reasons]
+        if self.repeated:
+            lines.append(f"  {self.repeated} repeated responses left out of rows that are used")
+        return [f"{head}, {dropped} dropped", *lines]
+
+    def as_manifest(self) -> dict[str, Any]:
+        """The entry of manifest.json's `data`."""
+        kept = {key: getattr(self, key) for key in ("source", "rows_read", "rows_used", "dropped", "fingerprint")}
+        return kept | {"format": self.format} | ({"repeated_responses": self.repeated} if self.repeated else {})
+
+    def drop(self, place: str, dropped: Dropped) -> None:
+        text = " ".join(dropped.example.split())
+        excerpt = f"{place}: {text[:60]}…" if len(text) > 60 else f"{place}: {text}"
+        self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1
+        self.first.setdefault(dropped.reason, excerpt.removesuffix(": "))
+
+
+@dataclass
+class Groups:
+    """Everything a stage trains and evaluates on."""
+
+    train: list[Group]
+    eval: list[Group]
+    counts: list[Count]
+    leaked: int = 0
+    """Groups of the eval sources whose prompt is trained on, too."""
+
+
+class Problems:
+    """The lines of one source, of which only so many are printed."""
+
+    def __init__(self, source: Source):
+        self.path, self.found, self.total = source.path, [], 0
+
+    def __call__(self, line: str) -> None:
+        self.total += 1
+        if len(self.found) < LINES:
+            self.found.append(line)
+
+    def lines(self) -> list[str]:
+        more = self.total - len(self.found)
+        return self.found + ([f"{self.path}: … and {more} more"] if more else [])
+
+
+def read_groups(data: Data, need: Need, seed: int) -> Groups:
+    """All groups in memory, split and weighted. Raises DataError with every problem of every source."""
+    lines, counts = _fraction_lines(data), []
+    train = [_read_source(source, data, need, lines, counts) for source in data.train]
+    evals = [_read_source(source, data, need, lines, counts) for source in _eval_sources(data)]
+    raise_all(DataError, lines)
+
+    held_out: list[Group] = []
+    if isinstance(data.eval, float):
+        keys = [[hashed(seed, "split", group.prompt) for group in groups] for groups in train]
+        eval_keys = smallest(set(chain(*keys)), data.eval)
+        if not eval_keys:
+            raise DataError(_too_few(data.eval))
+        pairs = [list(zip(groups, of, strict=True)) for groups, of in zip(train, keys, strict=True)]
+        held_out = [group for rows in pairs for group, key in rows if key in eval_keys]
+        train = [[group for group, key in rows if key not in eval_keys] for rows in pairs]
+    trained = [weighted(groups, source.weight, seed) for groups, source in zip(train, data.train, strict=True)]
+    evals = [weighted(groups, source.weight, seed) for groups, source in zip(evals, _eval_sources(data), strict=True)]
+    prompts = {canonical(group.prompt) for groups in trained for group in groups} if evals else set()
+    leaked = sum(canonical(group.prompt) in prompts for groups in evals for group in groups)
+    return Groups(list(chain(*trained)), held_out + list(chain(*evals)), counts, leaked)
+
+
+def stream_groups(data: Data, need: Need, seed: int, counts: list[Count]) -> Iterator[Group]:
+    """One epoch of training groups, one row in memory at a time; adds a Count a source to `counts` and fills it.
+
+    Sources are interleaved in proportion to their weights; a weight of 2.5 reads a source three times, the last time
+    the half of its rows. Raises DataError at the first broken row, and at the end of a source that dropped too many.
+    """
+    raise_all(DataError, _fraction_lines(data))
+    held_out = data.eval if isinstance(data.eval, float) else 0.0
+    opened = [Count(source.path, fingerprint=fingerprint(source)) for source in data.train]
+    counts += opened
+    yield from interleaved(
+        [_passes(source, data, need, seed, count, held_out) for source, count in zip(data.train, opened, strict=True)],
+        [source.weight for source in data.train],
+    )
+
+
+def stream_eval(data: Data, need: Need, seed: int) -> list[Group]:
+    """The groups of the eval sources or, for a fraction, the first 512 that streaming holds out. Raises DataError."""
+    lines = _fraction_lines(data)
+    evals = [_read_source(source, data, need, lines, []) for source in _eval_sources(data)]
+    raise_all(DataError, lines)
+    if not isinstance(data.eval, float):
+        sources = zip(evals, _eval_sources(data), strict=True)
+        return [group for groups, source in sources for group in weighted(groups, source.weight, seed)]
+    streams = [_groups_of(source, data, need, Count(source.path), refuse) for source in data.train]
+    chosen = (g for g in interleaved(streams, [1.0] * len(streams)) if share(seed, "split", g.prompt) < data.eval)
+    if groups := list(islice(chosen, STREAMED_EVAL)):
+        return groups
+    raise DataError(f"data.eval: {data.eval:g} of the prompts is none here; raise it or name an eval source")
+
+
+def check_sources(data: Data, need: Need, *, max_bytes: int = CHECKED) -> tuple[list[str], list[Count]]:
+    """Every problem, one line each, and the counts; hub ids are not touched.
+
+    At most `max_bytes` of each file are looked at, and `Count.partial` says where that was not all of it. The
+    fingerprint is of the whole file.
+    """
+    lines, counts, prompts = _fraction_lines(data), [], set()
+    for source in [*data.train, *_eval_sources(data)]:
+        if not is_local(source):
+            continue
+        path = Path(source.path).expanduser()
+        whole = sum(file.stat().st_size for file in _files(path)) <= max_bytes
+        problems, count = Problems(source), Count(source.path, partial=not whole)
+        for group in _groups_of(source, data, need, count, problems, None if whole else max_bytes):
+            if len(prompts) < 2:
+                prompts.add(canonical(group.prompt))
+        if path.exists():  # of all bytes, or a finished run of a large file would never be found unchanged
+            count.fingerprint = fingerprint(source)
+        lines += problems.lines()
+        counts.append(count)
+    if isinstance(data.eval, float) and not lines and len(prompts) == 1:
+        lines.append(_too_few(data.eval))
+    return lines, counts
+
+
+def _groups_of(
+    source: Source, data: Data, need: Need, count: Count, report: Report, max_bytes: int | None = None
+) -> Iterator[Group]:
+    """Groups of a source in its order; fills `count`, and reports what is broken."""
+    broken = Problems(source)
+
+    def tell(line: str) -> None:
+        broken(line)
+        report(line)
+
+    rows = read_rows(source, tell, max_bytes=max_bytes, streaming=data.streaming)
+    sample = list(islice(rows, SAMPLE))
+    if not sample:
+        if not broken.total:
+            tell(f"{source.path}: holds no rows; name another file or write it again")
+        return
+    try:
+        count.format = recognise([row for _, row in sample], source, need)
+    except Broken as error:
+        tell(f"{source.path}: {error}")
+        return
+    drop_empty = data.drop_empty if data.drop_empty is not None else count.format == "hh"
+    columns, kinds = text_columns(count.format, need), {}
+    for place, row in chain(sample, rows):
+        count.rows_read += 1
+        try:
+            note_kinds(row, place, columns, kinds)
+            group = to_group(row, place, count.format, need, drop_empty)
+        except Dropped as dropped:
+            count.drop(place, dropped)
+        except Broken as error:
+            tell(f"{place}: {error}")
+        else:
+            count.rows_used += 1
+            if need == "preferences" and "responses" in columns and isinstance(row.get("responses"), list):
+                count.repeated += len(row["responses"]) - len(group.responses)
+            yield group
+    for line in _too_many_dropped(count, data.max_dropped):
+        tell(line)
+
+
+def _too_many_dropped(count: Count, limit: float) -> Iterator[str]:
+    dropped = sum(count.dropped.values())
+    if not dropped or (dropped <= limit * count.rows_read and dropped < count.rows_read):
+        return
+    reason, most = max(count.dropped.items(), key=lambda item: item[1])
+    remedy = "mend the rows" if dropped == count.rows_read else "mend the rows or raise data.max_dropped"
+    yield (
+        f"{count.source}: {dropped} of {count.rows_read} rows dropped ({dropped / count.rows_read:.1%}),"
+        f" data.max_dropped allows {limit:.1%}; most often: {reason} ({most}), first at {count.first[reason]}; {remedy}"
+    )
+
+
+def _read_source(source: Source, data: Data, need: Need, lines: list[str], counts: list[Count]) -> list[Group]:
+    """Groups of a whole source; adds its problems to `lines` and its count to `counts`."""
+    problems, count = Problems(source), Count(source.path)
+    groups = list(_groups_of(source, data, need, count, problems))
+    if not problems.total:
+        count.fingerprint = fingerprint(source)
+    lines += problems.lines()
+    counts.append(count)
+    return groups
+
+
+def _eval_sources(data: Data) -> list[Source]:
+    return data.eval if isinstance(data.eval, list) else []
+
+
+def _files(path: Path) -> Iterable[Path]:
+    return (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else filter(Path.is_file, [path])
+
+
+def _fraction_lines(data: Data) -> list[str]:
+    if not isinstance(data.eval, float) or 0 < data.eval < 1:
+        return []
+    return [f"data.eval: {data.eval:g} is no fraction between 0 and 1; write e.g. 0.05, or null for no evaluation"]
+
+
+def _too_few(fraction: float) -> str:
+    return f"data.eval: {fraction:g} of a single prompt cannot be held out; add prompts or name an eval source"
+
+
+def _passes(source: Source, data: Data, need: Need, seed: int, count: Count, held_out: float) -> Iterator[Group]:
+    """Training groups of a streamed source, as often as its weight says; `count` is of the first pass."""
+    whole, part = int(source.weight), source.weight - int(source.weight)
+    for number in range(whole + bool(part)):
+        counted = count if number == 0 else Count(source.path)
+        for group in _groups_of(source, data, need, counted, refuse):
+            if held_out and share(seed, "split", group.prompt) < held_out:
+                continue
+            if number < whole or share(seed, "weight", content(group)) < part:
+                yield group

@@ -1,0 +1,80 @@
+"""Which groups, how often and in which order: the seeded split, the weights, the mixture, and pairs of a ranking.
+
+The split and the weights hash content with the recipe's seed, never Python's `hash`: every rank, every machine and
+every resumed run makes the same choice. Prompts are split, not rows, so that no prompt lies on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from align_cli.data.format import Group
+
+
+def canonical(content: Any) -> str:
+    """Content as the one text that stands for it on every machine."""
+    return json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+
+
+def hashed(seed: int, salt: str, content: Any) -> int:
+    """64 bits of sha256; the salt keeps the choice of one purpose independent of that of another."""
+    digest = hashlib.sha256(f"{seed}\n{salt}\n{canonical(content)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def share(seed: int, salt: str, content: Any) -> float:
+    """The hash as a number in [0, 1)."""
+    return hashed(seed, salt, content) / 2**64
+
+
+def content(group: Group) -> list[Any]:
+    """What a row says, without where it stands."""
+    return [group.prompt, group.responses, group.label]
+
+
+def smallest(keys: set[int], fraction: float) -> set[int]:
+    """The fraction of the prompts with the smallest hashes: one at least, and one at least stays; none of one."""
+    if len(keys) < 2:
+        return set()
+    return set(sorted(keys)[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])
+
+
+def weighted(groups: list[Group], weight: float, seed: int) -> list[Group]:
+    """The groups as often as the weight says, the fractional part by content; any weight keeps one group."""
+    whole, part = int(weight), weight - int(weight)
+    if not part or not groups:
+        return groups * whole
+    order = sorted(range(len(groups)), key=lambda at: hashed(seed, "weight", content(groups[at])))
+    some = set(order[: max(round(part * len(groups)), 0 if whole else 1)])
+    return groups * whole + [group for at, group in enumerate(groups) if at in some]
+
+
+def interleaved(streams: list[Iterator[Group]], weights: list[float]) -> Iterator[Group]:
+    """Smooth weighted round-robin: the stream that is furthest behind its share goes next."""
+    open_ = dict(enumerate(streams))
+    given = [0] * len(streams)
+    while open_:
+        at = min(open_, key=lambda index: ((given[index] + 1) / weights[index], index))
+        group = next(open_[at], None)
+        if group is None:
+            del open_[at]
+            continue
+        given[at] += 1
+        yield group
+
+
+def preference_pairs(group: Group, how: Literal["best-worst", "all", "adjacent"]) -> list[tuple[int, int]]:
+    """(better, worse) indices into the group's responses, best pairs first; pairs of equal scores are left out."""
+    k = len(group.responses)
+    match how:
+        case "best-worst":
+            pairs = [(0, k - 1)]
+        case "adjacent":
+            pairs = [(at, at + 1) for at in range(k - 1)]
+        case _:
+            pairs = [(better, worse) for better in range(k) for worse in range(better + 1, k)]
+    scores = group.scores
+    return [(b, w) for b, w in pairs if b != w and (scores is None or scores[b] > scores[w])]

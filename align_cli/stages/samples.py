@@ -1,0 +1,108 @@
+"""samples.jsonl: the same prompts answered greedily before and after, one JSON object a prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from align_cli.data import chat
+from align_cli.run.directory import write_atomically
+from align_cli.stages.job import Job
+
+BATCH = 32
+"""Prompts answered at a time."""
+
+
+class Samples:
+    """The recipe's sample prompts and what the model said to them."""
+
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase):
+        self.job, self.tokenizer = job, tokenizer
+        self.rows = _rows(job.recipe.samples.prompts) if job.recipe.samples else []
+        self.kept = job.run.path / ".samples-before.json"
+
+    def answer(self, trainer: Trainer, when: str) -> None:
+        """Answer every prompt `before` or `after` training; the second time writes samples.jsonl.
+
+        A resumed run keeps the answers from before its first step.
+        """
+        if not self.rows:
+            return
+        if when == "before" and (self.kept.is_file() or self.job.run.latest_checkpoint()):
+            return
+        self.job.say(f"answering {len(self.rows)} sample prompts, {when}")
+        answers = self._generate(trainer)
+        if not self.job.main:
+            return
+        if when == "before":
+            write_atomically(self.kept, json.dumps(answers, ensure_ascii=False))
+            return
+        before = json.loads(self.kept.read_text()) if self.kept.is_file() else [None] * len(answers)
+        lines = [
+            json.dumps({**row, "before": old, "after": new}, ensure_ascii=False)
+            for row, old, new in zip(self.rows, before, answers, strict=True)
+        ]
+        write_atomically(self.job.run.samples, "\n".join(lines) + "\n")
+        self.kept.unlink(missing_ok=True)
+
+    def _generate(self, trainer: Trainer) -> list[str]:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        texts = [chat.render(self.tokenizer, _messages(row["prompt"]), prompt=True) for row in self.rows]
+        ends, answers = chat.generation_ends(self.tokenizer), []
+        training = model.training
+        model.eval()
+        with _whole(model), torch.no_grad(), trainer.accelerator.autocast():
+            for start in range(0, len(texts), BATCH):
+                batch = self.tokenizer(
+                    texts[start : start + BATCH],
+                    add_special_tokens=False,
+                    padding=True,
+                    padding_side="left",
+                    return_tensors="pt",
+                ).to(trainer.accelerator.device)
+                made = model.generate(
+                    **batch,
+                    max_new_tokens=self.job.recipe.samples.max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    eos_token_id=ends,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    use_cache=True,
+                )
+                fresh = made[:, batch["input_ids"].shape[1] :]
+                answers += [text.strip() for text in self.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
+        model.train(training)
+        return answers
+
+
+def _whole(model: Any):
+    """All parameters on this rank while it generates: under ZeRO-3 each holds only a part."""
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
+
+
+def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _rows(prompts: str | list[str]) -> list[dict[str, Any]]:
+    """Rows with a `prompt`; other columns of a file go along into samples.jsonl."""
+    if isinstance(prompts, list):
+        return [{"prompt": prompt} for prompt in prompts]
+    file = Path(prompts)
+    with file.open(encoding="utf-8", newline="") as stream:
+        if file.suffix == ".csv":
+            return list(csv.DictReader(stream))
+        return [json.loads(line) for line in stream if line.strip()]

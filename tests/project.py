@@ -1,0 +1,90 @@
+"""A small project in an empty folder: a tiny model, data that can be learned, recipes; and `align` as a subprocess."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+
+WARM, COLD = ["red", "orange", "amber", "gold", "pink"], ["blue", "green", "teal", "navy", "grey"]
+
+
+def build(folder: Path, rows: int = 32) -> Path:
+    """Chosen responses use warm words, rejected ones cold words."""
+    tiny.model(folder / "models" / "tiny")
+    draw = random.Random(0)
+
+    def words(kind):
+        return " ".join(draw.choices(kind, k=draw.randint(2, 9)))
+
+    asks = [f"name colours {number}" for number in range(rows)]
+    sft = [
+        {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": words(WARM)}]} for ask in asks
+    ]
+    dpo = [{"prompt": ask, "chosen": words(WARM), "rejected": words(COLD)} for ask in asks]
+    for stage, lines in (("sft", sft), ("dpo", dpo)):
+        write_rows(folder / f"{stage}.jsonl", lines)
+        recipe(folder, stage)
+    return folder
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe(folder: Path, stage: str, name: str = "t", text: str = "") -> Path:
+    file = folder / "recipes" / stage / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        text
+        or f"""name: {name}
+model: {{ path: models/tiny }}
+data: {{ train: {stage}.jsonl, max_length: 128, batch_size: 8 }}
+trainer: {{ learning_rate: 1.0e-3, max_steps: 6, per_device_train_batch_size: 2 }}
+"""
+    )
+    return file
+
+
+def align(*words: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "align_cli", *words], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def start(*words: str, cwd: Path, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "align_cli", *words],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+
+
+def ok(*words: str, cwd: Path) -> str:
+    """Output of a command that must succeed."""
+    done = align(*words, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def manifest(run: Path) -> dict:
+    return json.loads((run / "manifest.json").read_text())
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run) if "loss" in row]
+
+
+def weights(run: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(run.glob("*.safetensors")) for name, tensor in load_file(file).items()}
