@@ -176,7 +176,7 @@ def _look_at_data(plan: Plan, lines: list[str]) -> None:
         return
     found, plan.counts = check_sources(data, NEEDS[plan.composed.stage])
     lines += found
-    if data.streaming and not (tree.get("trainer") or {}).get("max_steps"):
+    if data.streaming and _steps_given(tree.get("trainer")) <= 0:
         lines.append("data.streaming: needs to know when to stop; set trainer.max_steps=…")
     samples = tree.get("samples")
     samples = _section(Samples, {"prompts": samples} if isinstance(samples, (str, list)) else samples)
@@ -184,6 +184,12 @@ def _look_at_data(plan: Plan, lines: list[str]) -> None:
         lines.append(
             f"samples.prompts: {samples.prompts}: no such file; name one with a `prompt` column, or list prompts"
         )
+
+
+def _steps_given(trainer: Any) -> float:
+    """trainer.max_steps, where it is a number."""
+    steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
+    return steps if isinstance(steps, (int, float)) else 0
 
 
 def _look_at_run(plan: Plan, lines: list[str]) -> None:

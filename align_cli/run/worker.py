@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -98,6 +99,8 @@ def _stage(stage: str, path: str, text: str) -> int:
         _leave(ranks)
         return 128 + outcome.stopped_by
     if rank == 0:
+        for merged in _merged_parents(job, recipe):
+            shutil.rmtree(merged, ignore_errors=True)
         manifest.write(
             run_directory,
             stage=stage,
@@ -147,6 +150,12 @@ def _merge_adapter_parents(job: Any) -> None:
         import torch
 
         torch.distributed.barrier()
+
+
+def _merged_parents(job: Any, recipe: Any) -> list[Path]:
+    """Merged parents that the finished run does not need: all but the base of an adapter that was trained on it."""
+    needed = {job.base} if recipe.lora else set()
+    return [job.run.path / role for role in ("base", "reference") if str(job.run.path / role) not in needed]
 
 
 def _parents(recipe: Any) -> list[dict[str, Any]]:
