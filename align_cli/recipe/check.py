@@ -45,10 +45,10 @@ def check(composed: Composed) -> Recipe:
         found += [problem for problem in _rules(recipe)]
     if isinstance(tree.get("trainer"), dict):
         found += trainer.problems(stage, tree["trainer"])
-    if not found:
+    if not found and not composed.problems:
         return recipe
     sources = _Sources(composed)
-    lines = [f"{sources.where(key)}{key}: {text}" for key, text in found]
+    lines = [*composed.problems, *(f"{sources.where(key)}{key}: {text}" for key, text in found)]
     method = tree.get("method")
     if isinstance(method, dict) and (other := _stage_of_method(stage, set(method))):
         lines.append(f"{composed.file}: its method: has the keys of a recipe for `align {other}`; run that instead")
@@ -125,7 +125,12 @@ def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[
         return key, "'None' is text here; write null for nothing"
     if kind == "dataclass_type":
         return key, f"expected a section with keys {', '.join(_known_keys(stage, location))}, found {given!r}"
-    message = detail["msg"].replace("Input should be", "expected").replace("expected a valid", "expected a")
+    message = (
+        detail["msg"]
+        .replace("Input should be", "expected")
+        .replace("expected a valid int", "expected an int")
+        .replace("expected a valid", "expected a")
+    )
     return key, f"{message}, found {type(given).__name__} {given!r}"
 
 

@@ -30,21 +30,25 @@ class Composed:
     """Every interpolation resolved, JSON values only."""
     overridden: frozenset[str]
     """Dotted keys set on the command line."""
+    problems: tuple[str, ...] = ()
+    """What could not be understood on the command line; the rest was composed all the same."""
 
 
 def compose(stage: str, arguments: list[str]) -> Composed:
     """The resolved tree of `align <stage> recipe=… [key=value …]`.
 
-    Raises RecipeError with every malformed argument, a missing recipe or group file, or YAML that cannot be read.
+    Raises RecipeError for a missing recipe or group file, or YAML that cannot be read; malformed arguments are kept
+    for `check`, which names them beside everything else.
     """
-    named, overrides = _split(arguments)
+    lines: list[str] = []
+    named, overrides = _split(arguments, lines)
     file = places.find(stage, named)
     _refuse_other_stage(stage, file)
     _refuse_bad_yaml(file)
-    config = _hydra(stage, file, overrides)
+    config = _hydra(stage, file, overrides, lines)
     tree = _resolved(stage, file, config)
     keys = frozenset(match["key"] for text in overrides if (match := OVERRIDE.match(text)))
-    return Composed(stage, file, tree, keys)
+    return Composed(stage, file, tree, keys, tuple(lines))
 
 
 def default_run_dir(name: str, stage: str) -> str:
@@ -52,9 +56,9 @@ def default_run_dir(name: str, stage: str) -> str:
     return f"runs/{name}/{stage}"
 
 
-def _split(arguments: list[str]) -> tuple[str, list[str]]:
-    """The recipe's name and the overrides."""
-    named, overrides, lines = None, [], []
+def _split(arguments: list[str], lines: list[str]) -> tuple[str, list[str]]:
+    """The recipe's name and the overrides; adds a line for every argument that is neither."""
+    named, overrides = None, []
     for text in arguments:
         if text.startswith("-") and not text.startswith("~"):
             plain = text.lstrip("-")
@@ -69,9 +73,7 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
         else:
             overrides.append(text)
     if named is None or not named:
-        lines.insert(0, "command line: no recipe; add recipe=NAME.yaml (`align recipes` lists them)")
-    if lines:
-        raise RecipeError(*lines)
+        raise RecipeError("command line: no recipe; add recipe=NAME.yaml (`align recipes` lists them)", *lines)
     return named, overrides
 
 
@@ -109,8 +111,11 @@ def _refuse_bad_yaml(file: Path) -> None:
             )
 
 
-def _hydra(stage: str, file: Path, overrides: list[str]) -> Any:
-    """Hydra's composition of one file and the picked groups, then the other overrides on top, in order."""
+def _hydra(stage: str, file: Path, overrides: list[str], lines: list[str]) -> Any:
+    """Hydra's composition of one file and the picked groups, then the other overrides on top, in order.
+
+    Adds a line for every override that cannot be applied.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -120,14 +125,12 @@ def _hydra(stage: str, file: Path, overrides: list[str]) -> Any:
     OmegaConf.register_new_resolver("stage", _stage_path, replace=True)
     folders = [folder for root in places.roots() for folder in (root, root / stage) if folder.is_dir()]
     search = ",".join(f"'file://{folder.resolve()}'" for folder in folders)
-    picks, values, lines = [], [], []
+    picks, values = [], []
     for text in overrides:
         try:
             (picks if _picks_group(text) else values).append(text)
         except RecipeError as error:
             lines += error.lines
-    if lines:
-        raise RecipeError(*lines)
     while True:
         GlobalHydra.instance().clear()
         try:
@@ -149,8 +152,6 @@ def _hydra(stage: str, file: Path, overrides: list[str]) -> Any:
             _apply(config, text)
         except RecipeError as error:
             lines += error.lines
-    if lines:
-        raise RecipeError(*lines)
     return config
 
 
@@ -162,7 +163,7 @@ def _picks_group(text: str) -> bool:
         return False
     if value in files:
         return True
-    if value in ("null", "") or not re.fullmatch(r"[\w./\-]+", value):
+    if value in ("null", "None", "") or not re.fullmatch(r"[\w./\-]+", value):
         return False
     aim = {"model": f"; for a model write model.path={value}", "data": f"; for a source write data.train={value}"}
     near = did_you_mean(value, list(files)) or f"; known: {', '.join(files) or 'none'}"
@@ -227,7 +228,7 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
     config.name = name
     for group in GROUPS:
         chosen = OmegaConf.to_container(config, resolve=False).get(group)
-        if isinstance(chosen, str) and not chosen.startswith("${"):
+        if isinstance(chosen, str) and chosen != "None" and not chosen.startswith("${"):
             files = places.group_files(group)
             if chosen not in files:
                 near = did_you_mean(chosen, list(files)) or f"; known: {', '.join(files) or 'none'}"
