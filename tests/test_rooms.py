@@ -1,0 +1,74 @@
+"""The rooms of docs and design against the code: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import align_cli
+from align_cli.recipe.schema import STAGES
+
+ROOT = Path(align_cli.__file__).parent
+# room -> rooms it may import; every room may import itself, errors and recipe.schema
+MAY = {
+    "cli": {"recipe", "run", "evaluate", "report", "model"},
+    "errors": set(),
+    "recipe": set(),
+    "data": set(),
+    "model": set(),
+    "methods": {"data", "model"},
+    "stages": {"methods", "data", "model", "run.directory"},
+    "run": {"recipe", "data", "model", "stages"},
+    "report": {"recipe", "run", "data", "model"},
+    "evaluate": {"run", "data", "model"},
+}
+FREE = {"errors", "recipe.schema"}
+
+
+def imports(file: Path, *, top_only: bool = False):
+    tree = ast.parse(file.read_text())
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for name in node.names:
+                yield f"{node.module}.{name.name}"
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def ours():
+    for file in sorted(ROOT.rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if parts[0] not in ("__init__", "__main__"):
+            yield file, parts[0]
+
+
+def test_imports_run_one_way():
+    for file, room in ours():
+        for name in imports(file):
+            if not name.startswith("align_cli."):
+                continue
+            inner = name.removeprefix("align_cli.")
+            allowed = {room} | MAY[room] | FREE
+            assert any(inner == place or inner.startswith(f"{place}.") for place in allowed), f"{file}: {name}"
+
+
+def test_only_the_worker_imports_stages():
+    for file, room in ours():
+        if room == "run" and file.stem != "worker":
+            assert not any(name.startswith("align_cli.stages") for name in imports(file)), file
+
+
+def test_no_stage_imports_a_stage():
+    for stage in STAGES:
+        for name in imports(ROOT / "stages" / f"{stage}.py"):
+            assert name.split(".")[2:3] != ["stages"] or name.split(".")[-1] not in STAGES, (stage, name)
+            assert not any(name.startswith(f"align_cli.stages.{other}") for other in STAGES if other != stage)
+
+
+def test_the_command_line_imports_nothing_heavy():
+    for name in imports(ROOT / "cli.py", top_only=True):
+        assert name.split(".")[0] in {"__future__", "functools", "sys", "collections", "typing", "typer", "align_cli"}
+        assert not name.startswith("align_cli.") or name.startswith("align_cli.errors"), name
+
+
+def test_no_room_is_two():
+    for file, _ in ours():
+        assert len(file.read_text().splitlines()) <= 320, f"{file} has grown past one room"
