@@ -1,0 +1,15 @@
+"""What tests of every room share: an empty working directory, and no launcher's variables around it."""
+
+import pytest
+
+LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_JOB_ID")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in (*LAUNCHERS, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
