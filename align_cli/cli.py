@@ -13,6 +13,7 @@ from align_cli.errors import AlignError, RecipeError, did_you_mean
 
 STAGE_HELP = {
     "sft": "Supervised fine-tuning on conversations.",
+    "rm": "A reward model from rankings.",
     "dpo": "Direct preference optimization on pairs or rankings.",
 }
 # `--beta=3` is passed on, so that the answer can be "write beta=3"
@@ -154,6 +155,21 @@ def merge(
 
     lora.merge(run, destination)
     typer.echo(f"{destination}: {run} merged into {held.base}")
+
+
+@app.command(context_settings=PASS_ON)
+@_answers
+def score(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished reward model, such as runs/demo/rm.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="data=FILE [out=FILE]", show_default=False)] = None,
+) -> None:
+    """Write a reward model's score for every response of a file."""
+    from align_cli.run import launch
+
+    launch.quiet_environment()
+    from align_cli.evaluate import score as evaluate
+
+    evaluate.run(run, settings or [], typer.echo)
 
 
 @app.command()

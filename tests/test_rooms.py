@@ -22,9 +22,9 @@ MAY = {
     "stages": {"methods", "data", "model", "run.directory"},
     "run": {"recipe", "data", "model", "stages"},
     "report": {"recipe", "run", "data", "model"},
-    "evaluate": {"run", "data", "model"},
+    "evaluate": {"run", "data", "model", "methods"},
 }
-FREE = {"errors", "recipe.schema"}
+FREE = {"errors", "recipe.schema", "recipe.sections"}
 
 
 def imports(file: Path, *, top_only: bool = False):

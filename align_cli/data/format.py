@@ -12,7 +12,7 @@ from typing import Any, Literal
 from align_cli.data import turns
 from align_cli.data.turns import QUESTIONS, Broken, Dropped, Empty, Message
 from align_cli.errors import did_you_mean
-from align_cli.recipe.schema import Source
+from align_cli.recipe.sections import Source
 
 Row = dict[str, Any]
 Need = Literal["demonstrations", "preferences", "labels", "prompts"]
@@ -34,6 +34,8 @@ class Group:
     """KTO: whether the response is a good one."""
     place: str = ""
     """`data/pairs.jsonl:17`, `data/pairs.parquet#17`."""
+    probability: float | None = None
+    """A soft label: how probable it is that the first of two responses is the better one, 0.5 to 1."""
 
 
 WANTS: dict[str, tuple[str, ...]] = {
@@ -178,7 +180,21 @@ def to_group(row: Row, place: str, name: str, need: Need, drop_empty: bool = Fal
         if drop_empty:
             raise Dropped("empty response", str(error)) from None
         raise Broken(f"{error} is empty; remove the row or set data.drop_empty=true") from None
-    return _ordered(draft, place, need)
+    return _ordered(draft, place, need, _probability(row, draft) if need == "preferences" else None)
+
+
+def _probability(row: Row, draft: turns.Draft) -> float | None:
+    """The soft label of a pair, that its first response is the better one. Raises Broken."""
+    value = row.get("probability")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise Broken(
+            f"'probability' is {value!r:.40}; it must be a number from 0 to 1: that the first response is better"
+        )
+    if len(draft.responses) != 2:
+        raise Broken(f"'probability' stands beside {len(draft.responses)} responses; it labels a pair")
+    return float(value)
 
 
 def _check_prompt(prompt: list[Message]) -> None:
@@ -198,9 +214,11 @@ def _check_response(response: list[Message], name: str) -> None:
         raise Dropped(f"the response does not {which} with an assistant turn", response[-1]["content"])
 
 
-def _ordered(draft: turns.Draft, place: str, need: Need) -> Group:
+def _ordered(draft: turns.Draft, place: str, need: Need, probability: float | None = None) -> Group:
     """The group with its responses best first and, for preferences, without repeated ones. Raises Dropped."""
     order = list(range(len(draft.responses)))
+    if probability is not None and probability < 0.5:
+        order, probability = [1, 0], 1 - probability
     if draft.scores is not None:
         if any(math.isnan(score) for score in draft.scores):
             raise Dropped("a score is NaN", str(draft.scores))
@@ -222,7 +240,7 @@ def _ordered(draft: turns.Draft, place: str, need: Need) -> Group:
         if draft.scores is not None and len({draft.scores[at] for at in order}) == 1:
             raise Dropped("all scores are equal", text)
     scores = None if draft.scores is None else [draft.scores[at] for at in order]
-    return Group(draft.prompt, [draft.responses[at] for at in order], scores, draft.label, place)
+    return Group(draft.prompt, [draft.responses[at] for at in order], scores, draft.label, place, probability)
 
 
 def _prompt_alone(row: Row, name: str) -> list[Message]:

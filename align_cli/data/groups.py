@@ -17,7 +17,7 @@ from align_cli.data.load import Report, fingerprint, is_local, read_rows, refuse
 from align_cli.data.split import canonical, content, hashed, interleaved, preference_pairs, share, smallest, weighted
 from align_cli.data.turns import Broken, Dropped, Message
 from align_cli.errors import DataError, raise_all
-from align_cli.recipe.schema import Data, Source
+from align_cli.recipe.sections import Data, Source
 
 __all__ = ["Count", "Group", "Groups", "Message", "Need", "check_sources", "preference_pairs"]
 __all__ += ["read_groups", "stream_eval", "stream_groups"]

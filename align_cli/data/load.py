@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from align_cli.data.columns import renamed
 from align_cli.errors import DataError
-from align_cli.recipe.schema import Source
+from align_cli.recipe.sections import Source
 
 Report = Callable[[str], None]
 Row = dict[str, Any]
@@ -65,7 +66,7 @@ def read_rows(
         return report(f"{source.path}: cannot read a '{path.suffix}' file; convert it to one of {', '.join(READABLE)}")
     else:
         rows = _file_rows(source.path, path, report, max_bytes)
-    yield from _renamed(rows, source, report)
+    yield from renamed(rows, source, report)
 
 
 def fingerprint(source: Source) -> str:
@@ -109,18 +110,6 @@ def _missing(path: str) -> str:
         return f"{path}: no such file; did you mean '{near[0]}'?{where}"
     there = f"there is {', '.join(found[:5])}" if found else "mend the path in data.train or data.eval"
     return f"{path}: no such file{where}; {there}"
-
-
-def _renamed(rows: Iterator[tuple[str, Any]], source: Source, report: Report) -> Iterator[tuple[str, Row]]:
-    theirs = set(source.columns.values())
-    for place, row in rows:
-        if not isinstance(row, dict):
-            report(f'{place}: the row is a {type(row).__name__}, not an object; write {{"column": value, …}}')
-        elif missing := sorted(theirs - row.keys()):
-            report(f"{place}: no column '{missing[0]}' (has {', '.join(row)}); mend `columns` of the source or the row")
-        else:
-            kept = {name: value for name, value in row.items() if name not in theirs} if theirs else row
-            yield place, kept | {ours: row[name] for ours, name in source.columns.items()}
 
 
 def _file_rows(name: str, path: Path, report: Report, max_bytes: int | None) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,13 +28,10 @@ class Metrics(TrainerCallback):
     def __init__(self, file: Path, count_tokens: Callable[[], int]):
         self.file, self.count_tokens = file, count_tokens
         self.last: dict[str, Any] = {}
-        self._stream: TextIO | None = None
         self._mark = (time.monotonic(), 0)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._mark = (time.monotonic(), self.count_tokens())
-        if state.is_world_process_zero:
-            self._stream = self.file.open("a", encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "train_runtime" in logs:
@@ -47,16 +44,11 @@ class Metrics(TrainerCallback):
             self._mark = (moment, tokens)
         row = {key: value for key, value in row.items() if isinstance(value, (int, float, str))}
         self.last |= row
-        if self._stream is not None:
+        if state.is_world_process_zero:
             # NaN is no JSON; a reader should see null, not fail
             row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-            self._stream.write(json.dumps(row) + "\n")
-            self._stream.flush()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
 
 
 class ProgressLine(TrainerCallback):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from align_cli.errors import UpstreamError
 from align_cli.model import templates
-from align_cli.recipe.schema import Model
+from align_cli.recipe.sections import Model
 
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Tokens that may serve as padding, in order of preference, where a tokenizer has none of its own."""
@@ -30,7 +30,7 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
             path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
         )
     except Exception as error:  # what a torn tokenizer file raises is anybody's guess
-        raise UpstreamError(f"model.path: {path}: no tokenizer could be loaded ({_first_line(error)})") from None
+        raise UpstreamError(f"model.path: {path}: no tokenizer could be loaded ({first_line(error)})") from None
     if model.chat_template is not None:
         loaded.chat_template = templates.text(model.chat_template)
         known = loaded.get_vocab()
@@ -68,7 +68,7 @@ def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str 
             **attention,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UpstreamError(f"model.path: {path}: cannot be loaded ({_first_line(error)})") from None
+        raise UpstreamError(f"model.path: {path}: cannot be loaded ({first_line(error)})") from None
     rows = loaded.config.get_text_config().vocab_size
     if rows < len(tok):
         loaded.resize_token_embeddings(len(tok), mean_resizing=True)
@@ -82,6 +82,6 @@ def set_ends(model: Any, ends: list[int]) -> None:
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align_cli.errors import UpstreamError
 from align_cli.model import kind
-from align_cli.recipe.schema import Lora
+from align_cli.recipe.sections import Lora
 
 
-def peft_config(lora: Lora | None) -> LoraConfig | None:
-    """PEFT's form of the recipe's `lora:` section, for a causal language model."""
+def peft_config(lora: Lora | None, task: str = "CAUSAL_LM") -> LoraConfig | None:
+    """PEFT's form of the recipe's `lora:` section. With task SEQ_CLS the head is trained and saved too; with any other
+    a reward model's head would stay as it was drawn."""
     if lora is None:
         return None
     return LoraConfig(
@@ -25,7 +26,7 @@ def peft_config(lora: Lora | None) -> LoraConfig | None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType[task],
     )
 
 

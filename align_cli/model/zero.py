@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align_cli.recipe.schema import Zero
+from align_cli.recipe.sections import Zero
 
 
 def deepspeed_config(zero: Zero) -> dict[str, Any] | None:

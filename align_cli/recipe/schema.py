@@ -1,7 +1,7 @@
-"""The typed recipe: one frozen dataclass a section, a docstring under every field, unknown keys refused.
+"""The typed recipe of every stage: the shared sections and what the stage itself is about. Unknown keys are refused.
 
 Cross-field rules stand beside the fields they concern (`rules`), and their messages name the fix. Rules that need
-the disk (an upstream run, a data file) are in `recipe/check.py`.
+the disk (an upstream run, a data file) are in `run/preflight.py`.
 """
 
 from __future__ import annotations
@@ -9,184 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import BeforeValidator, Field
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-section = dataclass(config=STRICT, frozen=True, kw_only=True)
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-@section
-class Model:
-    """What is trained."""
-
-    path: str
-    """A directory, a finished run (`${stage:sft}`) or a hub id."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory. auto: float32 where they are trained in full, bfloat16 under LoRA."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Attention implementation; auto leaves the choice to transformers."""
-    chat_template: str | None = None
-    """`chatml`, `zephyr`, `plain`, or a path to a Jinja file; null keeps the tokenizer's own."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless the recipe says so."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    parameters: Positive | None = None
-    """Number of parameters, for planning where the weights are not at hand."""
-
-
-@section
-class OtherModel:
-    """A model beside the one that is trained."""
-
-    path: str
-    """A directory, a finished run or a hub id."""
-
-
-@section
-class Source:
-    """Where rows come from."""
-
-    path: str
-    """A .json, .jsonl, .csv or .parquet file, a `datasets` directory, or a hub id."""
-    split: str = "train"
-    """Split of a hub id or of a `datasets` directory that holds several."""
-    weight: Positive = 1.0
-    """Share of the source's rows in an epoch: 0.5 takes a seeded half, 2 takes every row twice."""
-    format: (
-        Literal[
-            "messages",
-            "prompt-completion",
-            "alpaca",
-            "sharegpt",
-            "preference",
-            "implicit-prompt",
-            "hh",
-            "ranking",
-            "scored",
-            "kto",
-            "prompt",
-        ]
-        | None
-    ) = None
-    """Row format; null recognises it from the columns."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Renames: {our column: their column}, for files whose columns have other names."""
-
-
-def _as_sources(value: Any) -> Any:
-    """A path or a mapping or a list of them becomes a list of mappings."""
-    if isinstance(value, (str, dict)):
-        value = [value]
-    if isinstance(value, list):
-        return [{"path": entry} if isinstance(entry, str) else entry for entry in value]
-    return value
-
-
-def _as_sources_or_fraction(value: Any) -> Any:
-    return value if isinstance(value, (int, float)) else _as_sources(value)
-
-
-Sources = Annotated[
-    list[Source], BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source])
-]
-EvalSources = Annotated[
-    float | list[Source] | None,
-    BeforeValidator(_as_sources_or_fraction, json_schema_input_type=float | str | Source | list[str | Source] | None),
-]
-
-
-@section
-class Data:
-    """What it is trained on."""
-
-    train: Sources
-    """A source or a list of sources."""
-    eval: EvalSources = None
-    """Sources, or a fraction of the training prompts that is held out by a seeded hash of their content."""
-    max_length: Count = 1024
-    """Tokens of prompt and response together; what is longer is cut at the end and counted."""
-    max_prompt_length: Count | None = None
-    """Tokens of the prompt; rows with a longer one are dropped and counted. null: any that leaves room to respond."""
-    drop_empty: bool | None = None
-    """Drop rows with an empty response instead of refusing the file. null: only in hh-rlhf dialogues, whose
-    published files hold some."""
-    max_dropped: Fraction = 0.1
-    """Share of rows that may be dropped before it is an error."""
-    batch_size: Count | None = None
-    """Rows an optimizer step, over all ranks; gradient accumulation follows from it. null: whatever
-    trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps give."""
-    streaming: bool = False
-    """Read rows as they are needed, for sources larger than memory. Needs trainer.max_steps."""
-
-
-@section
-class Lora:
-    """Low-rank adapters on a frozen base (arXiv 2106.09685)."""
-
-    r: Count = 16
-    """Rank."""
-    alpha: Positive = 16
-    """Scale; the update is multiplied by alpha / r."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input."""
-    targets: str | list[str] = "all-linear"
-    """Module names, or all-linear."""
-
-
-@section
-class Zero:
-    """DeepSpeed ZeRO: what is sharded over the ranks (arXiv 1910.02054)."""
-
-    stage: Literal[0, 1, 2, 3] = 0
-    """0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload_optimizer: bool = False
-    """Keep optimizer state in host memory."""
-    offload_param: bool = False
-    """Keep parameters in host memory; stage 3 only."""
-    config: dict[str, Any] = Field(default_factory=dict)
-    """Further DeepSpeed keys, as in its JSON config; they win over ours."""
-
-    def rules(self) -> Iterator[tuple[str, str]]:
-        if self.offload_param and self.stage != 3:
-            yield "zero.offload_param", "needs stage 3; set zero.stage=3 or zero.offload_param=false"
-
-
-@section
-class Launch:
-    """Processes and hosts."""
-
-    num_gpus: Count = 1
-    """Ranks on this machine; CPU ranks over gloo where there is no GPU."""
-    hostfile: str | None = None
-    """DeepSpeed hostfile: `host slots=8` a line."""
-    num_nodes: Count | None = None
-    """Use only the first so many hosts of the hostfile."""
-    node_rank: Annotated[int, Field(ge=0)] | None = None
-    """Start only this host's ranks, without ssh: one `align` command on each host."""
-    master_addr: str | None = None
-    """Address of rank 0; default the first host."""
-    master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Port of rank 0; default a free one, or 29500 over several hosts."""
-
-
-@section
-class Samples:
-    """Prompts answered before and after, into samples.jsonl."""
-
-    prompts: str | list[str]
-    """A file with a `prompt` column, or the prompts themselves."""
-    max_new_tokens: Count = 64
-    """Longest answer, in tokens. Answers are greedy, so that before and after can be compared."""
-
-
-def _as_samples(value: Any) -> Any:
-    return {"prompts": value} if isinstance(value, (str, list)) else value
+from align_cli.recipe.sections import (
+    Count,
+    Data,
+    Launch,
+    Lora,
+    Model,
+    OtherModel,
+    Positive,
+    Samples,
+    Source,
+    Zero,
+    as_samples,
+    section,
+)
 
 
 @section
@@ -254,6 +92,40 @@ class DpoMethod:
             yield "method.loss", "cdpo cannot be mixed with other losses; use robust or sigmoid in the mixture"
 
 
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+@section
+class RmMethod:
+    """A reward model from rankings (InstructGPT, arXiv 2203.02155, eq. 1)."""
+
+    loss: Literal["ranking", "pairwise", "plackett-luce", "best-of-k"] = "ranking"
+    """ranking: all pairs of a prompt are one element of the mean; pairwise: every pair is; plackett-luce: the
+    likelihood of the whole order; best-of-k: cross-entropy of the best response against the others."""
+    margin: float | Literal["scores"] | None = None
+    """By how much the better reward must be ahead: a number, or `scores` for the difference of the source's scores
+    (Llama 2, arXiv 2307.09288). For ranking and pairwise."""
+    center: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of (r_i + r_j)², which keeps rewards near zero (arXiv 2312.09244, which uses 0.01)."""
+    center_on: Annotated[Source | None, BeforeValidator(_as_source, json_schema_input_type=str | Source | None)] = None
+    """Demonstrations whose mean score is put at 0 after training; null shifts nothing."""
+    layout: Literal["auto", "shared", "rows"] = "auto"
+    """shared: the prompt goes through the model once for all of its responses (4-D mask); rows: once for each. auto
+    tries shared on the first rows, and keeps it if the model gives the same."""
+    batch_tokens: Count | None = None
+    """Tokens, padding included, that go through the model at a time on a device. Memory follows from it, the result
+    does not. null: 16384 on a GPU, 2048 without one."""
+    seeds: list[Annotated[int, Field(ge=0)]] | None = None
+    """An ensemble: one head a seed on the common trunk, each drawn and bootstrapped by its seed. null: one head."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.margin is not None and self.loss not in ("ranking", "pairwise"):
+            yield "method.margin", f"means nothing to {self.loss}; remove it, or set method.loss=ranking"
+        if self.seeds is not None and len(set(self.seeds)) < max(len(self.seeds), 1):
+            yield "method.seeds", "must differ from each other; give each head its own"
+
+
 @section
 class Recipe:
     """A stage's settings after composition; the keys every stage has."""
@@ -274,7 +146,7 @@ class Recipe:
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Any field of the stage's TRL config, checked against it."""
     samples: Annotated[
-        Samples | None, BeforeValidator(_as_samples, json_schema_input_type=str | list[str] | Samples | None)
+        Samples | None, BeforeValidator(as_samples, json_schema_input_type=str | list[str] | Samples | None)
     ] = None
 
 
@@ -294,7 +166,20 @@ class DpoRecipe(Recipe):
     """Default: the starting policy."""
 
 
-STAGES: dict[str, type[Recipe]] = {"sft": SftRecipe, "dpo": DpoRecipe}
+@section
+class RmRecipe(Recipe):
+    """align rm"""
+
+    method: RmMethod = Field(default_factory=RmMethod)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.samples is not None:
+            yield "samples", "a reward model answers nothing; remove it, or use `align score` on the finished run"
+        if self.data.streaming:
+            yield "data.streaming", "is not for rm, whose steps are filled from whole groups in memory; remove it"
+
+
+STAGES: dict[str, type[Recipe]] = {"sft": SftRecipe, "rm": RmRecipe, "dpo": DpoRecipe}
 """Every stage that a recipe can be written for."""
 
 GROUPS = ("model", "data", "lora", "zero")

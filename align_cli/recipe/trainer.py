@@ -15,7 +15,11 @@ from typing import Any
 
 from align_cli.errors import did_you_mean
 
-CONFIGS = {"sft": ("trainer/sft_config.py", "SFTConfig"), "dpo": ("trainer/dpo_config.py", "DPOConfig")}
+CONFIGS = {
+    "sft": ("trainer/sft_config.py", "SFTConfig"),
+    "rm": ("trainer/reward_config.py", "RewardConfig"),
+    "dpo": ("trainer/dpo_config.py", "DPOConfig"),
+}
 """Stage -> the TRL config whose fields `trainer:` may set."""
 
 OWNED: dict[str, str | None] = {
@@ -48,6 +52,17 @@ STAGE_OWNED: dict[str, dict[str, str | None]] = {
         "dataset_kwargs": None,
         "eval_packing": None,
         "shuffle_dataset": None,
+    },
+    "rm": {
+        "center_rewards_coefficient": "method.center",
+        "chat_template_path": "model.chat_template",
+        "per_device_eval_batch_size": "method.batch_tokens",
+        "auto_find_batch_size": "method.batch_tokens",
+        "activation_offloading": None,
+        "dataset_num_proc": None,
+        "eos_token": None,
+        "pad_token": None,
+        "pad_to_multiple_of": None,
     },
     "dpo": {
         "loss_type": "method.loss",

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from align_cli.errors import LaunchError
-from align_cli.recipe.schema import Launch
+from align_cli.recipe.sections import Launch
 
 
 def gpus() -> int:

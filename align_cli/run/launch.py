@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from align_cli.recipe.schema import Launch
+from align_cli.recipe.sections import Launch
 from align_cli.run import devices, preflight
 from align_cli.run.directory import RunDirectory
 from align_cli.run.prepare import begin

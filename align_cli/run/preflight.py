@@ -18,11 +18,12 @@ from align_cli.model import kind, memory, templates
 from align_cli.recipe import check as recipe_check
 from align_cli.recipe import places
 from align_cli.recipe.compose import Composed, default_run_dir
-from align_cli.recipe.schema import STAGES, Data, Launch, Model, OtherModel, Recipe, Samples
+from align_cli.recipe.schema import STAGES, Recipe
+from align_cli.recipe.sections import Data, Launch, Model, OtherModel, Samples
 from align_cli.run import batch, devices, manifest
 from align_cli.run.directory import RunDirectory
 
-NEEDS = {"sft": "demonstrations", "dpo": "preferences"}
+NEEDS = {"sft": "demonstrations", "rm": "preferences", "dpo": "preferences"}
 """What each stage asks of its rows."""
 
 OTHERS = ("reference",)

@@ -122,11 +122,16 @@ def run_to_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, c
     metrics, stopped_by = loop(trainer, job)
     if stopped_by is None:
         samples.answer(trainer, "after")
-        save(trainer, tokenizer, job)
-        if job.main and not {"save_steps", "save_strategy", "save_total_limit"} & set(job.recipe.trainer):
-            # ours were for resuming only; those a recipe asks for stay
-            shutil.rmtree(job.run.checkpoints, ignore_errors=True)
+        finish(trainer, tokenizer, job)
     return Outcome(metrics, counts, stopped_by)
+
+
+def finish(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+    """The last save. Checkpoints go, unless the recipe asked for them."""
+    save(trainer, tokenizer, job)
+    if job.main and not {"save_steps", "save_strategy", "save_total_limit"} & set(job.recipe.trainer):
+        # ours were for resuming only
+        shutil.rmtree(job.run.checkpoints, ignore_errors=True)
 
 
 def loop(trainer: Trainer, job: Job) -> tuple[dict[str, Any], int | None]:
@@ -191,7 +196,9 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job) -> None
     Raises RuntimeError if a tensor is missing or empty: some sharded saves are, in silence (DeepSpeed#3841, #7900).
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    set_ends(model, chat.generation_ends(tokenizer))
+    generates = model.can_generate()
+    if generates:
+        set_ends(model, chat.generation_ends(tokenizer))
     trainer.save_model(str(job.run.path))
     trainer.accelerator.wait_for_everyone()
     if not job.main:
@@ -201,7 +208,8 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job) -> None
     if isinstance(model, PeftModel):
         _name_base(job, model)
     tokenizer.save_pretrained(job.run.path)
-    model.generation_config.save_pretrained(job.run.path)
+    if generates:
+        model.generation_config.save_pretrained(job.run.path)
     _look_at_weights(model, job.run.path)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from align_cli.data.format import Group, note_kinds, recognise, text_columns, to_group
 from align_cli.data.turns import Broken, Dropped, dialogue, is_hh
-from align_cli.recipe.schema import Source
+from align_cli.recipe.sections import Source
 
 
 def user(text):

@@ -21,7 +21,7 @@ from align_cli.data.groups import (
 )
 from align_cli.data.load import fingerprint
 from align_cli.errors import DataError
-from align_cli.recipe.schema import Data, Source
+from align_cli.recipe.sections import Data, Source
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not on this machine")

@@ -11,7 +11,7 @@ import pytest
 
 from align_cli.data.load import CHUNK, fingerprint, is_local, read_rows
 from align_cli.errors import DataError
-from align_cli.recipe.schema import Source
+from align_cli.recipe.sections import Source
 
 
 @pytest.fixture(autouse=True)
@@ -234,6 +234,18 @@ def test_a_file_of_another_kind_is_refused():
     write("a.txt", "x")
     assert collected(source("a.txt"))[1] == [
         "a.txt: cannot read a '.txt' file; convert it to one of .json, .jsonl, .csv, .parquet"
+    ]
+
+
+def test_columns_reach_into_lists_of_objects():
+    row = {"ask": {"text": "q"}, "completions": [{"response": "a", "score": 4.5}, {"response": "b", "score": 2}]}
+    write("a.jsonl", json.dumps(row) + "\n" + json.dumps({"ask": {}, "completions": "none"}) + "\n")
+    columns = {"prompt": "ask.text", "responses": "completions[].response", "scores": "completions[].score"}
+    rows, problems = collected(source("a.jsonl", columns=columns))
+    ((_, found),) = rows
+    assert (found["prompt"], found["responses"], found["scores"]) == ("q", ["a", "b"], [4.5, 2])
+    assert problems == [
+        "a.jsonl:2: no column 'ask.text' (has ask, completions); mend `columns` of the source or the row"
     ]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from align_cli.model.zero import deepspeed_config
 from align_cli.recipe.check import load
-from align_cli.recipe.schema import Zero
+from align_cli.recipe.sections import Zero
 
 
 def test_nothing_sharded_is_no_deepspeed():

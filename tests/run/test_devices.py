@@ -3,7 +3,7 @@
 import pytest
 
 from align_cli.errors import LaunchError
-from align_cli.recipe.schema import Launch
+from align_cli.recipe.sections import Launch
 from align_cli.run import devices
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from align_cli.recipe.schema import Launch
+from align_cli.recipe.sections import Launch
 from align_cli.run import launch
 
 

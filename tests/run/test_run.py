@@ -11,7 +11,7 @@ from rich.console import Console
 from align_cli.errors import LaunchError, RecipeError, UpstreamError
 from align_cli.model import kind, memory, templates
 from align_cli.model.zero import deepspeed_config
-from align_cli.recipe.schema import Launch, Zero
+from align_cli.recipe.sections import Launch, Zero
 from align_cli.report import lineage
 from align_cli.run import batch, devices, launch, manifest
 from align_cli.run.directory import COMPLETE, RunDirectory, trim_metrics

@@ -1,0 +1,62 @@
+"""Groups -> rows for a reward model: the prompt's tokens once, and each response's, with its place in the ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from align_cli.data.chat import Tally, Unrenderable, responses
+from align_cli.data.groups import Group
+
+
+def levels(group: Group) -> list[int]:
+    """0 for the best responses, 1 for the next best, …; equal scores share a level."""
+    if group.scores is None:
+        return list(range(len(group.responses)))
+    found: list[int] = []
+    for at, score in enumerate(group.scores):
+        found.append(0 if not at else found[-1] + (score != group.scores[at - 1]))
+    return found
+
+
+def ties(group: Group) -> int:
+    """Pairs of the group's responses that are tied, and so in no comparison."""
+    order = levels(group)
+    return sum(order[i] == order[j] for i in range(len(order)) for j in range(i))
+
+
+def rm_rows(
+    tokenizer: Any, groups: Iterable[Group], *, max_length: int, max_prompt_length: int | None, tally: Tally
+) -> Iterator[dict[str, Any]]:
+    """`prompt_ids`, `responses` (K lists of ids, best first), `levels`, `grades` (the source's scores, or none) and
+    `probability` (that the first is the better one, where the label is soft).
+
+    A response ends with the token that closes its turn, where the score is read, unless it had to be cut. What is cut
+    so that it repeats a better one is left out, and a group that this leaves with one response is dropped.
+    """
+    for group in groups:
+        try:
+            prompt, answers = responses(tokenizer, group)
+        except Unrenderable as error:
+            tally.drop(group, str(error))
+            continue
+        limit = min(max_prompt_length or max_length - 1, max_length - 1)
+        if len(prompt) > limit:
+            tally.drop(group, f"prompt over {limit} tokens")
+            continue
+        room = max_length - len(prompt)
+        cut = [answer[:room] for answer in answers]
+        kept = [at for at in range(len(cut)) if cut[at] not in cut[:at]]
+        order = levels(group)
+        if len({order[at] for at in kept}) < 2:
+            tally.drop(group, f"responses alike within {max_length} tokens")
+            continue
+        tally.truncated += any(len(answer) > room for answer in answers)
+        tally.rows += 1
+        yield {
+            "prompt_ids": prompt,
+            "responses": [cut[at] for at in kept],
+            "levels": [order[at] for at in kept],
+            "grades": [float(group.scores[at]) for at in kept] if group.scores is not None else [],
+            "probability": group.probability,
+        }

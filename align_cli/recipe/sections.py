@@ -1,0 +1,190 @@
+"""The sections that every stage's recipe may have: one frozen dataclass each, a docstring under every field.
+
+Cross-field rules stand beside the fields they concern (`rules`), and their messages name the fix. Rules that need
+the disk (an upstream run, a data file) are in `run/preflight.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+section = dataclass(config=STRICT, frozen=True, kw_only=True)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@section
+class Model:
+    """What is trained."""
+
+    path: str
+    """A directory, a finished run (`${stage:sft}`) or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory. auto: float32 where they are trained in full, bfloat16 under LoRA."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Attention implementation; auto leaves the choice to transformers."""
+    chat_template: str | None = None
+    """`chatml`, `zephyr`, `plain`, or a path to a Jinja file; null keeps the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless the recipe says so."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    parameters: Positive | None = None
+    """Number of parameters, for planning where the weights are not at hand."""
+
+
+@section
+class OtherModel:
+    """A model beside the one that is trained."""
+
+    path: str
+    """A directory, a finished run or a hub id."""
+
+
+@section
+class Source:
+    """Where rows come from."""
+
+    path: str
+    """A .json, .jsonl, .csv or .parquet file, a `datasets` directory, or a hub id."""
+    split: str = "train"
+    """Split of a hub id or of a `datasets` directory that holds several."""
+    weight: Positive = 1.0
+    """Share of the source's rows in an epoch: 0.5 takes a seeded half, 2 takes every row twice."""
+    format: (
+        Literal[
+            "messages",
+            "prompt-completion",
+            "alpaca",
+            "sharegpt",
+            "preference",
+            "implicit-prompt",
+            "hh",
+            "ranking",
+            "scored",
+            "kto",
+            "prompt",
+        ]
+        | None
+    ) = None
+    """Row format; null recognises it from the columns."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames: {our column: their column}, for files whose columns have other names; `completions[].response` reaches
+    into a list of objects."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path or a mapping or a list of them becomes a list of mappings."""
+    if isinstance(value, (str, dict)):
+        value = [value]
+    if isinstance(value, list):
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in value]
+    return value
+
+
+def _as_sources_or_fraction(value: Any) -> Any:
+    return value if isinstance(value, (int, float)) else _as_sources(value)
+
+
+Sources = Annotated[
+    list[Source], BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source])
+]
+EvalSources = Annotated[
+    float | list[Source] | None,
+    BeforeValidator(_as_sources_or_fraction, json_schema_input_type=float | str | Source | list[str | Source] | None),
+]
+
+
+@section
+class Data:
+    """What it is trained on."""
+
+    train: Sources
+    """A source or a list of sources."""
+    eval: EvalSources = None
+    """Sources, or a fraction of the training prompts that is held out by a seeded hash of their content."""
+    max_length: Count = 1024
+    """Tokens of prompt and response together; what is longer is cut at the end and counted."""
+    max_prompt_length: Count | None = None
+    """Tokens of the prompt; rows with a longer one are dropped and counted. null: any that leaves room to respond."""
+    drop_empty: bool | None = None
+    """Drop rows with an empty response instead of refusing the file. null: only in hh-rlhf dialogues, whose
+    published files hold some."""
+    max_dropped: Fraction = 0.1
+    """Share of rows that may be dropped before it is an error."""
+    batch_size: Count | None = None
+    """Rows an optimizer step, over all ranks; gradient accumulation follows from it. null: whatever
+    trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps give."""
+    streaming: bool = False
+    """Read rows as they are needed, for sources larger than memory. Needs trainer.max_steps."""
+
+
+@section
+class Lora:
+    """Low-rank adapters on a frozen base (arXiv 2106.09685)."""
+
+    r: Count = 16
+    """Rank."""
+    alpha: Positive = 16
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    targets: str | list[str] = "all-linear"
+    """Module names, or all-linear."""
+
+
+@section
+class Zero:
+    """DeepSpeed ZeRO: what is sharded over the ranks (arXiv 1910.02054)."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    """0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory."""
+    offload_param: bool = False
+    """Keep parameters in host memory; stage 3 only."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Further DeepSpeed keys, as in its JSON config; they win over ours."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.offload_param and self.stage != 3:
+            yield "zero.offload_param", "needs stage 3; set zero.stage=3 or zero.offload_param=false"
+
+
+@section
+class Launch:
+    """Processes and hosts."""
+
+    num_gpus: Count = 1
+    """Ranks on this machine; CPU ranks over gloo where there is no GPU."""
+    hostfile: str | None = None
+    """DeepSpeed hostfile: `host slots=8` a line."""
+    num_nodes: Count | None = None
+    """Use only the first so many hosts of the hostfile."""
+    node_rank: Annotated[int, Field(ge=0)] | None = None
+    """Start only this host's ranks, without ssh: one `align` command on each host."""
+    master_addr: str | None = None
+    """Address of rank 0; default the first host."""
+    master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of rank 0; default a free one, or 29500 over several hosts."""
+
+
+@section
+class Samples:
+    """Prompts answered before and after, into samples.jsonl."""
+
+    prompts: str | list[str]
+    """A file with a `prompt` column, or the prompts themselves."""
+    max_new_tokens: Count = 64
+    """Longest answer, in tokens. Answers are greedy, so that before and after can be compared."""
+
+
+def as_samples(value: Any) -> Any:
+    return {"prompts": value} if isinstance(value, (str, list)) else value
