@@ -22,7 +22,28 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="recipe=NAME.yaml 
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGE_HELP))]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo/dpo.")]
 
+
+class Commands(typer.core.TyperGroup):
+    """A command that is none is met with the nearest one."""
+
+    def resolve_command(self, ctx, args):
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            near = did_you_mean(args[0], list(self.commands)) or f"; known: {', '.join(self.commands)}"
+            typer.echo(f"command line: '{args[0]}' is no command{near}", err=True)
+            raise typer.Exit(2)
+        return super().resolve_command(ctx, args)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("align-cli"))
+        raise typer.Exit(0)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Align a language model: one recipe, one run; stages chain through their run directories.",
     no_args_is_help=True,
     add_completion=False,
@@ -71,14 +92,12 @@ def _stage(name: str) -> str:
 @app.callback()
 def root(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     # DeepSpeed's launcher puts --local_rank=N before the command of `--module align_cli`; the environment says the same
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(installed("align-cli"))
-        raise typer.Exit(0)
+    pass
 
 
 def _add_stage(name: str, text: str) -> None:
@@ -145,7 +164,8 @@ def merge(
 
     held = kind.look(run)
     if held.kind != "adapter":
-        found = held.finding or {"causal-lm": "holds a whole model"}.get(held.kind, f"holds a {held.kind}")
+        found = {"causal-lm": "holds a whole model", "reward-model": "holds a whole reward model"}.get(held.kind)
+        found = found or held.finding or "no such directory"
         raise AlignError(f"{run}: {found}; only a run made with lora: needs merging")
     destination = Path(to or f"{run.rstrip('/')}-merged")
     if destination.exists():

@@ -172,7 +172,6 @@ def test_commands_and_options_that_are_none(home):
     assert line.startswith("command line: no recipe; add recipe=NAME.yaml")
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the callback runs only when a command follows")
 def test_the_version(home):
     done = align("--version", cwd=home)
     assert (done.returncode, done.stdout) == (0, "0.1.0\n")

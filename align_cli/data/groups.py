@@ -28,6 +28,7 @@ LINES = 20
 """Problems of one source that are printed."""
 STREAMED_EVAL = 512
 """Most groups that a fraction holds out for evaluation while streaming."""
+PAIRINGS = ("best-worst", "adjacent", "all")
 CHECKED = 64 << 20
 """Bytes of a file that `align check` reads."""
 
@@ -49,6 +50,12 @@ class Count:
     """Responses left out of rows that are used, since they repeat a better one of the same row."""
     partial: bool = False
     """Whether only the first part of the source was read."""
+    pairs: dict[str, int] = field(default_factory=dict)
+    """Pairs that the rows used give, by `method.pairs`; for preferences."""
+
+    def elements(self, how: str) -> int:
+        """What a trainer counts as rows: pairs, for preferences."""
+        return self.pairs.get(how, self.rows_used)
 
     def lines(self) -> list[str]:
         """A line for the screen, and one for every reason to drop."""
@@ -212,6 +219,9 @@ def _groups_of(
             tell(f"{place}: {error}")
         else:
             count.rows_used += 1
+            if need == "preferences":
+                for how in PAIRINGS:
+                    count.pairs[how] = count.pairs.get(how, 0) + len(preference_pairs(group, how))
             if need == "preferences" and "responses" in columns and isinstance(row.get("responses"), list):
                 count.repeated += len(row["responses"]) - len(group.responses)
             yield group

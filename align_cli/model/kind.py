@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,18 +44,20 @@ def look(path: str) -> Held:
     if not folder.is_dir():
         return Held(path, "other", "is a file, not a model directory")
     config = _json(folder / "config.json")
+    if (folder / "recipe.yaml").is_file() and (_json(folder / "manifest.json") or {}).get("status") != "complete":
+        return Held(path, "unfinished", "is an unfinished run", config=config)
     if (folder / "adapter_config.json").is_file():
         adapter = _json(folder / "adapter_config.json") or {}
         return Held(
             path, "adapter", base=adapter.get("base_model_name_or_path"), reward=adapter.get("task_type") == "SEQ_CLS"
         )
-    if (folder / "recipe.yaml").is_file() and (_json(folder / "manifest.json") or {}).get("status") != "complete":
-        return Held(path, "unfinished", "is an unfinished run", config=config)
     if config is None:
         return Held(path, "other", "holds no config.json")
     if not list(folder.glob("*.safetensors")):
         old = next((file.name for file in folder.glob("*.bin")), None)
         return Held(path, "other", f"holds {old} but no safetensors" if old else "holds no weights", config=config)
+    if torn := _unreadable(folder):
+        return Held(path, "other", torn, config=config)
     architectures = config.get("architectures") or [""]
     if architectures[0].endswith("ForSequenceClassification"):
         return Held(path, "reward-model", config=config)
@@ -90,10 +91,30 @@ def parameters(path: str) -> int | None:
 
 
 def header(file: Path) -> dict:
-    """The header of a safetensors file: name -> {dtype, shape, data_offsets}."""
+    """The header of a safetensors file: name -> {dtype, shape, data_offsets}. Raises ValueError if it has none."""
     with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        return json.loads(stream.read(length))
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > file.stat().st_size:
+            raise ValueError("no safetensors header")
+        found = json.loads(stream.read(length))
+    if not isinstance(found, dict):
+        raise ValueError("no safetensors header")
+    return found
+
+
+def _unreadable(folder: Path) -> str:
+    """Which safetensors file is none, and what it is instead; the empty string if all have a header."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            pointer = stream.read(24).startswith(b"version https://git-lfs")
+        if pointer:
+            return f"{file.name} is a git-lfs pointer, not safetensors; `git lfs pull` fetches the weights"
+        try:
+            header(file)
+        except ValueError:
+            return f"{file.name} is no whole safetensors file"
+    return ""
 
 
 def fingerprint(path: str) -> str | None:
@@ -118,6 +139,7 @@ def fingerprint(path: str) -> str | None:
 
 def _json(file: Path) -> dict | None:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None

@@ -29,7 +29,7 @@ def show(path: str, console: Console) -> bool:
     stale: list[str] = []
     console.print(_branch(path, None, stale, set()))
     for line in stale:
-        console.print(f"stale: {line}", style="yellow", highlight=False)
+        console.print(f"stale: {line}", style="yellow", highlight=False, markup=False)
     return not stale
 
 

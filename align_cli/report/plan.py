@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from align_cli.model.memory import GIB
 from align_cli.run import devices
@@ -15,44 +16,50 @@ from align_cli.run.preflight import Plan, resolve_dtype
 def show(plan: Plan, console: Console) -> None:
     """Print a plan, a line a subject."""
     recipe, stage = plan.recipe, plan.composed.stage
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column(overflow="fold")
-    console.print(f"align {stage} recipe={plan.composed.file}", style="bold", highlight=False)
+    rows: list[tuple[str, str]] = []
+    console.print(f"align {stage} recipe={plan.composed.file}", style="bold", highlight=False, markup=False)
     size = f"{plan.size.parameters / 1e9:.3g} B parameters" if plan.size else "size unknown until it is loaded"
     pending = "  (still to be made)" if any(recipe.model.path.endswith(t.split()[1]) for t in plan.todo) else ""
-    grid.add_row("model", f"{recipe.model.path}{pending} · {size} · {resolve_dtype(recipe)}")
+    rows.append(("model", f"{recipe.model.path}{pending} · {size} · {resolve_dtype(recipe)}"))
     if recipe.lora:
-        grid.add_row("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}")
+        rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
     if hasattr(recipe, "reference"):
-        grid.add_row("reference", recipe.reference.path if recipe.reference else "the policy as it starts")
+        rows.append(("reference", recipe.reference.path if recipe.reference else "the policy as it starts"))
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
         if isinstance(value, list):
             for source in value:
-                grid.add_row(f"data.{key}", f"{source.path}{f' × {source.weight:g}' if source.weight != 1 else ''}")
+                rows.append((f"data.{key}", f"{source.path}{f' × {source.weight:g}' if source.weight != 1 else ''}"))
         elif value is not None:
-            grid.add_row(f"data.{key}", f"{value:.0%} of the prompts")
+            rows.append((f"data.{key}", f"{value:.0%} of the prompts"))
     for line in plan.notes:
-        grid.add_row("", line)
-    grid.add_row("method", _settings(recipe.method))
+        rows.append(("", line))
+    rows.append(("method", _settings(recipe.method)))
     batch = plan.batch
-    grid.add_row(
-        "batch",
-        f"{batch.total} rows a step = {batch.per_device} per device × {batch.accumulation} accumulated × "
-        f"{plan.ranks} ranks",
+    rows.append(
+        (
+            "batch",
+            f"{batch.total} rows a step = {batch.per_device} per device × {batch.accumulation} accumulated × "
+            f"{plan.ranks} ranks",
+        )
     )
-    grid.add_row("steps", str(plan.steps() or "known when the rows are read"))
+    rows.append(("steps", str(plan.steps() or "known when the rows are read")))
     kind = "GPU" if devices.gpus() else "CPU"
     hosts = f" over {recipe.launch.hostfile}" if recipe.launch.hostfile else ""
-    grid.add_row("ranks", f"{plan.ranks} × {kind}{hosts}, ZeRO stage {recipe.zero.stage}")
+    rows.append(("ranks", f"{plan.ranks} × {kind}{hosts}, ZeRO stage {recipe.zero.stage}"))
     if plan.memory:
         parts = [f"{part.name} {'≈ ' if part.estimated else ''}{part.bytes / GIB:.2f}" for part in plan.memory]
         total = sum(part.bytes for part in plan.memory) / GIB
-        grid.add_row("memory", f"≈ {total:.1f} GiB a rank ({', '.join(parts)})")
-    grid.add_row("run", f"{recipe.run_dir} ({plan.state})")
+        rows.append(("memory", f"≈ {total:.1f} GiB a rank ({', '.join(parts)})"))
+    rows.append(("run", f"{recipe.run_dir} ({plan.state})"))
     for command in plan.todo:
-        grid.add_row("needs", f"`{command}`")
+        rows.append(("needs", f"`{command}`"))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for name, text in rows:
+        # names of files and excerpts of rows hold brackets, which are no markup
+        grid.add_row(name, Text(text))
     console.print(grid, highlight=False)
 
 

@@ -28,6 +28,9 @@ def arithmetic(stage: str, recipe: Recipe, ranks: int) -> Batch:
     per_device = given.get("per_device_train_batch_size", known["per_device_train_batch_size"].default)
     accumulation = given.get("gradient_accumulation_steps")
     wanted = recipe.data.batch_size
+    for key, value in (("per_device_train_batch_size", per_device), ("gradient_accumulation_steps", accumulation)):
+        if value is not None and value < 1:
+            raise RecipeError(f"trainer.{key}: is {value}; give 1 or more")
     if wanted is None:
         accumulation = accumulation or 1
         return Batch(per_device, accumulation, per_device * accumulation * ranks)

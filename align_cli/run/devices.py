@@ -35,6 +35,8 @@ def hosts(hostfile: str) -> dict[str, int]:
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
         if not match:
             lines.append(f"{hostfile}:{number}: '{text}' is no `host slots=N`; mend this line")
+        elif int(match[2]) < 1:
+            lines.append(f"{hostfile}:{number}: host {match[1]} has no slots; give it 1 or more, or remove the line")
         elif match[1] in found:
             lines.append(f"{hostfile}:{number}: host {match[1]} is named twice; add its slots up in one line")
         else:
@@ -65,6 +67,11 @@ def problems(launch: Launch) -> list[str]:
             known = hosts(launch.hostfile)
         except LaunchError as error:
             return list(error.lines)
+        if launch.num_nodes is not None and launch.num_nodes > len(known):
+            lines.append(
+                f"launch.num_nodes: is {launch.num_nodes}, but {launch.hostfile} names {len(known)} hosts; "
+                "add hosts or lower it"
+            )
         if launch.node_rank is not None and launch.node_rank >= len(known):
             lines.append(
                 f"launch.node_rank: is {launch.node_rank}, but {launch.hostfile} names {len(known)} hosts; "

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from align_cli.errors import LaunchError, UpstreamError
 
@@ -30,7 +30,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.data = self.path / "data.json"
+        self._held: TextIO | None = None
 
     def state(self) -> State:
         """Whether a finished run, an unfinished one, nothing, or something that is no run is here."""
@@ -39,7 +39,7 @@ class RunDirectory:
             self.path.is_dir() and all(entry.name.startswith(".") for entry in self.path.iterdir())
         ):
             return "absent"
-        if self.manifest.is_file() and json.loads(self.manifest.read_text()).get("status") == "complete":
+        if _status(self.manifest) == "complete":
             return "finished"
         return "unfinished" if self.recipe.is_file() else "foreign"
 
@@ -64,6 +64,7 @@ class RunDirectory:
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
         self.path.rename(aside)
+        self.release()
         return aside
 
     def discard(self) -> None:
@@ -73,28 +74,52 @@ class RunDirectory:
             if folder.is_dir() and folder.name and not any(folder.iterdir()):
                 folder.rmdir()
 
+    def hold(self) -> None:
+        """Keep other processes out until `release`, or this one's end. Raises LaunchError if one works in it."""
+        if self._held is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            other = lock.read().strip() or "unknown"
+            lock.close()
+            raise LaunchError(
+                f"{self.path}: another align (process {other}) is working in it; wait for it, stop it, or set run_dir=…"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._held = lock
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process. Raises LaunchError if another one works in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                raise LaunchError(
-                    f"{self.path}: another align (process {lock.read().strip() or 'unknown'}) is working in it; "
-                    "wait for it, stop it, or set run_dir=…"
-                ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+        """Hold the directory for a while. Raises LaunchError if another process works in it."""
+        self.hold()
+        try:
             yield
+        finally:
+            self.release()
 
     def refuse_foreign(self) -> None:
         """Raise UpstreamError if the directory holds something that is no run."""
         if self.state() == "foreign":
             raise UpstreamError(f"{self.path}: is not empty and no run; set run_dir= to another directory")
+
+
+def _status(manifest: Path) -> str | None:
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, TypeError, KeyError):  # torn, or no manifest of ours
+        return None
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -7,6 +7,7 @@ are evaluated rank by rank disagree. The parent imports no torch unless it is th
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,9 +50,7 @@ def adopt_slurm() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks < 2 or "RANK" in os.environ:
         return
-    first = (
-        os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1").split(",")[0]
-    )
+    first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or _first_node(os.environ.get("SLURM_STEP_NODELIST", ""))
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
@@ -59,6 +58,12 @@ def adopt_slurm() -> None:
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", first),
         "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)),
     }
+
+
+def _first_node(nodes: str) -> str:
+    """The first name of a Slurm node list: `node[03-06,9],gpu1` -> `node03`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    return match[1] + (match[2] or "") if match else "127.0.0.1"
 
 
 def called_by_launcher() -> bool:
@@ -84,16 +89,16 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
         return 0
     code = 2
     try:
-        with run.locked():
-            if launch.num_gpus == 1 and launch.hostfile is None:
-                from align_cli.run import worker
+        if launch.num_gpus == 1 and launch.hostfile is None:
+            from align_cli.run import worker
 
-                code = worker.run(stage, run.path)
-            else:
-                code = _ranks(stage, run, launch)
+            code = worker.run(stage, run.path)
+        else:
+            code = _ranks(stage, run, launch)
     finally:
         if code == 2 and plan.state == "absent" and not run.checkpoints.exists():
             run.discard()
+        run.release()
     return code
 
 

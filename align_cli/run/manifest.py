@@ -34,9 +34,10 @@ def sha256(file: Path) -> str:
 def read(run: str | Path) -> dict[str, Any] | None:
     """A run's manifest, or None if it has none that can be read."""
     try:
-        return json.loads((Path(run) / "manifest.json").read_text(encoding="utf-8"))
+        found = json.loads((Path(run) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def parent(role: str, path: str) -> dict[str, Any]:

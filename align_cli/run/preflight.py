@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from align_cli.data.groups import Count, check_sources
+from align_cli.data.load import is_local
 from align_cli.errors import AlignError, RecipeError
 from align_cli.model import kind, memory, templates
 from align_cli.recipe import check as recipe_check
@@ -58,11 +59,13 @@ class Plan:
         trainer = self.recipe.trainer
         if (limit := trainer.get("max_steps", -1)) > 0:
             return limit
-        known = {count.source: count.rows_used for count in self.counts if not count.partial}
         sources = self.recipe.data.train
-        if any(source.path not in known for source in sources) or self.batch is None:
+        # counts are of local sources, those of data.train first
+        known = self.counts[: len(sources)] if all(map(is_local, sources)) else []
+        if not known or any(count.partial for count in known) or self.batch is None:
             return None
-        rows = sum(known[source.path] * source.weight for source in sources)
+        how = self.recipe.method.pairs if self.composed.stage == "dpo" else "best-worst"
+        rows = sum(count.elements(how) * source.weight for count, source in zip(known, sources, strict=True))
         if isinstance(self.recipe.data.eval, float):
             rows *= 1 - self.recipe.data.eval
         return math.ceil(math.ceil(rows / self.batch.total) * trainer.get("num_train_epochs", 3.0))

@@ -16,10 +16,10 @@ CACHE = Path("runs/.cache")
 
 
 def begin(plan: Plan, say) -> RunDirectory | None:
-    """The run directory with recipe.yaml in it, or None if a finished, unchanged run is there already.
+    """The run directory, held for this process and with recipe.yaml in it; None if a finished, unchanged run is there.
 
     A finished run of another recipe is moved aside, never overwritten. Raises UpstreamError for an unfinished one,
-    whose checkpoints another recipe must not continue.
+    whose checkpoints another recipe must not continue, and LaunchError if another process works in it.
     """
     run = RunDirectory(plan.recipe.run_dir)
     again = f"align {plan.composed.stage} recipe={run.recipe}"
@@ -35,8 +35,9 @@ def begin(plan: Plan, say) -> RunDirectory | None:
             )
         if plan.state == "finished" or plan.recipe.force:
             why = "force=true" if plan.recipe.force else _shortened(differs)
+            run.hold()
             say(f"{run.path}: running again ({why}); what was there is now {run.set_aside()}")
-    run.path.mkdir(parents=True, exist_ok=True)
+    run.hold()
     tree = to_tree(plan.recipe) | {"force": False}
     head = f"# {again}   repeats this run\n"
     write_atomically(run.recipe, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))

@@ -41,10 +41,9 @@ def as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int
     if run is None:
         _share({"code": 0})
         return 0
-    with run.locked():
-        text = run.recipe.read_text(encoding="utf-8")
-        _share({"run": str(run.path), "recipe": text})
-        return _stage(stage, str(run.path), text)
+    text = run.recipe.read_text(encoding="utf-8")
+    _share({"run": str(run.path), "recipe": text})
+    return _stage(stage, str(run.path), text)
 
 
 def run(stage: str, path: Path) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from rich.errors import MarkupError
 
 from align_cli.report import plan as report
 from align_cli.run import preflight
@@ -100,13 +99,11 @@ def test_a_finished_run_shows_as_one(project):
     assert printed()["run"] == "runs/t/dpo (finished)"
 
 
-@pytest.mark.xfail(strict=True, raises=MarkupError, reason="excerpts of rows are printed as rich markup: a traceback")
 def test_brackets_in_rows_are_letters(project):
     rows("dpo.jsonl", [*PAIRS, {"prompt": "[INST] hi [/INST]", "chosen": "a", "rejected": "a"}])
     assert "[INST] hi [/INST]" in printed()["data.train"]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="names of files are printed as rich markup")
 def test_brackets_in_names_are_letters(project):
     rows("dpo[en].jsonl", PAIRS)
     write("recipes/dpo/b.yaml", "name: t\nmodel: { path: models/x }\ndata: { train: 'dpo[en].jsonl' }\n")

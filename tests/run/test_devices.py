@@ -38,7 +38,6 @@ def test_a_hostfile_without_hosts_or_that_is_not_there(here):
     assert devices.problems(Launch(hostfile="nope")) == refused("nope")
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="devices.hosts takes it; batch divides by 0 ranks")
 def test_a_host_without_slots(here):
     assert "hosts:1" in refused(hostfile(here, "one slots=0\n"))[0]
 

@@ -34,7 +34,6 @@ def test_a_file_in_the_place_is_foreign(here):
     RunDirectory("y").refuse_foreign()
 
 
-@pytest.mark.xfail(strict=True, raises=(ValueError, AttributeError), reason="state() reads the manifest unguarded")
 @pytest.mark.parametrize("text", ['{"status": "comp', "[]"])
 def test_a_manifest_that_cannot_be_read_is_no_finish(run, text):
     run.recipe.write_text("name: t\n")

@@ -94,7 +94,6 @@ def test_ranks_that_torchrun_made_under_slurm_are_torchruns(environment):
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "8")
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="adopt_slurm takes node[3-6] for a host's name")
 def test_slurms_short_list_of_nodes_is_no_address(environment):
     environment.update(SLURM | {"SLURM_STEP_NODELIST": "node[3-6]"})
     launch.adopt_slurm()
