@@ -97,7 +97,7 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
         )
     if serving:
         return serving[0]
-    if found:
+    if found := [name for name in found if any(column in columns for column in WANTS[name])]:
         has = ", ".join(column for column in WANTS[found[0]] if column in columns)
         raise Broken(
             f"has {has}, but {need} need {NEEDS[need]}; name another file or rename its columns with `columns`"

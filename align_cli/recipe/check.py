@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args
@@ -11,9 +12,11 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from align_cli.errors import RecipeError, did_you_mean
-from align_cli.recipe import places, trainer
+from align_cli.recipe import files, places, trainer
 from align_cli.recipe.compose import Composed, compose
 from align_cli.recipe.schema import GROUPS, STAGES, Recipe
+
+EXPECTED = re.compile(r"expected (.+), found (.+)", re.DOTALL)
 
 
 @cache
@@ -40,7 +43,7 @@ def check(composed: Composed) -> Recipe:
         recipe = from_tree(stage, tree)
     except ValidationError as error:
         recipe = None
-        found += [_explain(stage, tree, detail) for detail in error.errors()]
+        found += _joined([_explain(stage, tree, detail) for detail in error.errors()])
     if recipe is not None:
         found += [problem for problem in _rules(recipe)]
     if isinstance(tree.get("trainer"), dict):
@@ -86,6 +89,13 @@ def json_schema(stage: str) -> dict[str, Any]:
     }
     # the file's name and place stand for these
     schema["required"] = [key for key in schema.get("required", []) if key not in ("name", "run_dir", "model", "data")]
+    for key, field in Recipe.__pydantic_fields__.items():
+        # pydantic loses the docstrings of inherited fields
+        if key in schema["properties"] and field.description:
+            schema["properties"][key].setdefault("description", field.description)
+    for section in ("Model", "Data"):
+        # a config group may bring what the file does not say
+        schema["$defs"][section].pop("required", None)
     for group in GROUPS:
         if group in schema["properties"]:
             body = schema["properties"].pop(group)
@@ -103,7 +113,9 @@ def _rules(section: Any, path: str = "") -> list[tuple[str, str]]:
         value = getattr(section, field.name)
         if is_dataclass(value):
             found += _rules(value, f"{path}{field.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
+            continue
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, float)]
+        if not all(map(math.isfinite, numbers)):
             found.append((f"{path}{field.name}", f"is {value}; give a finite number"))
     return found
 
@@ -129,9 +141,24 @@ def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[
         detail["msg"]
         .replace("Input should be", "expected")
         .replace("expected a valid int", "expected an int")
+        .replace("expected a valid array", "expected a list")
         .replace("expected a valid", "expected a")
     )
     return key, f"{message}, found {type(given).__name__} {given!r}"
+
+
+def _joined(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One problem a key where a union of types gave one for each: `expected a number or a list, found …`."""
+    by_key: dict[str, list[str]] = {}
+    for key, text in found:
+        by_key.setdefault(key, []).append(text)
+    joined = []
+    for key, texts in by_key.items():
+        split = [EXPECTED.fullmatch(text) for text in texts]
+        if len(texts) > 1 and all(split) and len({match[2] for match in split}) == 1:
+            texts = [f"expected {' or '.join(dict.fromkeys(match[1] for match in split))}, found {split[0][2]}"]
+        joined += [(key, text) for text in texts]
+    return joined
 
 
 def _is_tag(part: Any) -> bool:
@@ -186,28 +213,10 @@ class _Sources:
         if any(plain == word or plain.startswith(f"{word}.") for word in self.composed.overridden):
             return "command line: "
         parts = plain.split(".")
-        files = [(self.composed.file, parts)]
-        if parts[0] in GROUPS:
-            files += [(file, parts[1:]) for file in places.group_files(parts[0]).values() if file.stem in self._text()]
-        for file, path in files:
-            if line := _line_of(file, path):
+        for file, group in self.composed.parts:
+            path = parts if not group else parts[1:] if parts[0] == group else []
+            if path and (line := files.line_of(file, path)):
                 return f"{file}:{line}: "
+        if any(word.startswith(f"{plain}.") for word in self.composed.overridden):
+            return "command line: "
         return f"{self.composed.file}: "
-
-    def _text(self) -> str:
-        return self.composed.file.read_text(encoding="utf-8")
-
-
-def _line_of(file: Any, path: list[str]) -> int | None:
-    """The line (1-based) on which a dotted key stands in a YAML file."""
-    import yaml
-
-    node, line = yaml.compose(file.read_text(encoding="utf-8")), None
-    for part in path:
-        if not isinstance(node, yaml.MappingNode):
-            return None
-        pair = next(((key, value) for key, value in node.value if key.value == part), None)
-        if pair is None:
-            return None
-        line, node = pair[0].start_mark.line + 1, pair[1]
-    return line

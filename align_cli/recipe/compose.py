@@ -6,6 +6,7 @@ Hydra composes a plain tree; the schema in `schema.py` checks it afterwards, so 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli.errors import RecipeError, did_you_mean
-from align_cli.recipe import places
+from align_cli.recipe import files, places
 from align_cli.recipe.schema import GROUPS, STAGES
 
 OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[\w./@\-]+)(=(?P<value>.*))?$", re.DOTALL)
@@ -32,6 +33,8 @@ class Composed:
     """Dotted keys set on the command line."""
     problems: tuple[str, ...] = ()
     """What could not be understood on the command line; the rest was composed all the same."""
+    parts: tuple[tuple[Path, str], ...] = ()
+    """The files it is made of, each with the config group it fills, or "" for a recipe."""
 
 
 def compose(stage: str, arguments: list[str]) -> Composed:
@@ -44,11 +47,12 @@ def compose(stage: str, arguments: list[str]) -> Composed:
     named, overrides = _split(arguments, lines)
     file = places.find(stage, named)
     _refuse_other_stage(stage, file)
-    _refuse_bad_yaml(file)
-    config = _hydra(stage, file, overrides, lines)
+    picks, values = _picked(overrides, lines)
+    made_of = files.parts(stage, file, picks)
+    config = _hydra(stage, file, picks, values, lines)
     tree = _resolved(stage, file, config)
     keys = frozenset(match["key"] for text in overrides if (match := OVERRIDE.match(text)))
-    return Composed(stage, file, tree, keys, tuple(lines))
+    return Composed(stage, file, tree, keys, tuple(lines), tuple(made_of))
 
 
 def default_run_dir(name: str, stage: str) -> str:
@@ -79,39 +83,29 @@ def _split(arguments: list[str], lines: list[str]) -> tuple[str, list[str]]:
 
 def _refuse_other_stage(stage: str, file: Path) -> None:
     """A recipe that lies in another stage's folder is for that stage."""
-    folder = file.resolve().parent.name
-    manifest = file.resolve().parent / "manifest.json"
-    if manifest.is_file():
-        folder = json.loads(manifest.read_text()).get("stage", folder)
+    place = file.resolve().parent
+    # any other folder may be called sft without meaning it
+    means_it = place.parent in [root.resolve() for root in places.roots()] or file.name == "recipe.yaml"
+    folder = place.name if means_it else ""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        folder = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["stage"]
     if folder in STAGES and folder != stage:
         raise RecipeError(f"{file}: is a recipe for `align {folder}`; run `align {folder} recipe={file}`")
 
 
-def _refuse_bad_yaml(file: Path) -> None:
-    """Syntax errors with their line, which Hydra would wrap in a page of its own."""
-    import yaml
-
-    try:
-        node = yaml.compose(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise RecipeError(f"{where}: not valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    if node is None or not isinstance(node, yaml.MappingNode):
-        raise RecipeError(
-            f"{file}: expected keys such as model: and data:, found {'nothing' if node is None else 'no mapping'}"
-        )
-    for key, value in node.value:
-        if key.value == "defaults" and "_self_" not in [getattr(entry, "value", None) for entry in value.value]:
-            raise RecipeError(
-                f"{file}:{key.start_mark.line + 1}: defaults lacks _self_, so the groups would win over this file; "
-                "add _self_ as the last entry"
-            )
+def _picked(overrides: list[str], lines: list[str]) -> tuple[list[str], list[str]]:
+    """(`zero=zero3` picks of group files, all other overrides); adds a line for every pick that no group has."""
+    picks, values = [], []
+    for text in overrides:
+        try:
+            # whether the recipe's defaults hold the group is ours to find out, so + and ++ are the same here
+            picks.append(text.lstrip("+")) if _picks_group(text) else values.append(text)
+        except RecipeError as error:
+            lines += error.lines
+    return picks, values
 
 
-def _hydra(stage: str, file: Path, overrides: list[str], lines: list[str]) -> Any:
+def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: list[str]) -> Any:
     """Hydra's composition of one file and the picked groups, then the other overrides on top, in order.
 
     Adds a line for every override that cannot be applied.
@@ -125,12 +119,6 @@ def _hydra(stage: str, file: Path, overrides: list[str], lines: list[str]) -> An
     OmegaConf.register_new_resolver("stage", _stage_path, replace=True)
     folders = [folder for root in places.roots() for folder in (root, root / stage) if folder.is_dir()]
     search = ",".join(f"'file://{folder.resolve()}'" for folder in folders)
-    picks, values = [], []
-    for text in overrides:
-        try:
-            (picks if _picks_group(text) else values).append(text)
-        except RecipeError as error:
-            lines += error.lines
     while True:
         GlobalHydra.instance().clear()
         try:
@@ -158,15 +146,15 @@ def _hydra(stage: str, file: Path, overrides: list[str], lines: list[str]) -> An
 def _picks_group(text: str) -> bool:
     """Whether `zero=zero3` names a file of a config group. Raises RecipeError for a name that no group has."""
     match = OVERRIDE.match(text)
-    key, value, files = match["key"], match["value"] or "", places.group_files(match["key"])
+    key, value, known = match["key"], match["value"] or "", places.group_files(match["key"])
     if key not in GROUPS or match["sign"] == "~":
         return False
-    if value in files:
+    if value in known:
         return True
     if value in ("null", "None", "") or not re.fullmatch(r"[\w./\-]+", value):
         return False
     aim = {"model": f"; for a model write model.path={value}", "data": f"; for a source write data.train={value}"}
-    near = did_you_mean(value, list(files)) or f"; known: {', '.join(files) or 'none'}"
+    near = did_you_mean(value, list(known)) or f"; known: {', '.join(known) or 'none'}"
     raise RecipeError(f"command line: {key}={value}: no such group file{near}{aim.get(key, '')}")
 
 
@@ -187,9 +175,10 @@ def _apply(config: Any, text: str) -> None:
         try:
             parsed = OverridesParser.create().parse_override(f"++{key}={raw}")
             if parsed.is_sweep_override():
-                raise RecipeError(
-                    f"command line: {text}: a comma makes a sweep; write {key}=[{raw}], or quote the text"
-                )
+                how = f"a comma makes a sweep; write {key}=[{raw}]"
+                if "(" in raw:
+                    how = f"{raw.split('(')[0]}(…) makes a sweep, and a run has one value; write it"
+                raise RecipeError(f"command line: {text}: {how}, or quote the text")
             value = parsed.value()
         except HydraException:
             value = raw  # `runs/lr=5e-7` is no value in Hydra's grammar, but people mean the text
@@ -224,16 +213,19 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    name = config.get("name") or (file.resolve().parent.parent.name if file.name == "recipe.yaml" else file.stem)
+    try:
+        name = config.get("name") or (file.resolve().parent.parent.name if file.name == "recipe.yaml" else file.stem)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{file}: name: {str(error).splitlines()[0]}; define it or write the value out") from None
     config.name = name
     for group in GROUPS:
         chosen = OmegaConf.to_container(config, resolve=False).get(group)
         if isinstance(chosen, str) and chosen != "None" and not chosen.startswith("${"):
-            files = places.group_files(group)
-            if chosen not in files:
-                near = did_you_mean(chosen, list(files)) or f"; known: {', '.join(files) or 'none'}"
+            known = places.group_files(group)
+            if chosen not in known:
+                near = did_you_mean(chosen, list(known)) or f"; known: {', '.join(known) or 'none'}"
                 raise RecipeError(f"{file}: {group}: no group file '{chosen}'{near}")
-            config[group] = OmegaConf.load(files[chosen])
+            config[group] = OmegaConf.load(known[chosen])
     lines: list[str] = []
 
     def resolve(node: Any, path: str) -> Any:

@@ -38,6 +38,8 @@ def find(stage: str, named: str) -> Path:
 
     Raises RecipeError, naming the nearest recipes, if there is none.
     """
+    if named.endswith(".yml") and Path(named).is_file():
+        raise RecipeError(f"recipe={named}: recipes end in .yaml; rename it to {named.removesuffix('.yml')}.yaml")
     for name in (named, named if named.endswith(".yaml") else f"{named}.yaml"):
         if Path(name).is_file():
             return Path(name)

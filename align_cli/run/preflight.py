@@ -6,6 +6,7 @@ The sections of a recipe are looked at one by one, so that a bad key in one does
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,14 @@ def _policy_problems(plan: Plan, key: str, path: str, starting: bool) -> list[st
     stage = _stage_of_run(path)
     if held.kind in ("missing", "unfinished") and stage is not None:
         command = f"align {stage} recipe={_recipe_of(stage, path)}"
-        if held.kind == "missing" and not starting:
-            plan.todo.append(command)
-            return []
+        if held.kind == "missing":
+            try:
+                places.find(stage, _recipe_of(stage, path))
+            except RecipeError as error:
+                return [f"{key}: {path} is not there, and no recipe makes it ({error.lines[0]})"]
+            if not starting:
+                plan.todo.append(command)
+                return []
         verb = "is not there" if held.kind == "missing" else "is not finished"
         return [f"{key}: {path} {verb}; run `{command}` first"]
     if held.kind == "reward-model" or held.reward:
@@ -152,6 +158,7 @@ def _policy_problems(plan: Plan, key: str, path: str, starting: bool) -> list[st
 
 def _stage_of_run(path: str) -> str | None:
     """The stage whose default run directory this is."""
+    path = os.path.normpath(path)
     parts = Path(path).parts
     return (
         parts[-1] if len(parts) == 3 and path == default_run_dir(parts[1], parts[-1]) and parts[-1] in STAGES else None
@@ -180,6 +187,9 @@ def _look_at_data(plan: Plan, lines: list[str]) -> None:
         return
     found, plan.counts = check_sources(data, NEEDS[plan.composed.stage])
     lines += found
+    trainer = tree.get("trainer")
+    if data.eval is None and isinstance(trainer, dict) and trainer.get("eval_strategy", "no") not in ("no", False):
+        lines.append("trainer.eval_strategy: there is nothing to evaluate on; set data.eval, a source or a fraction")
     if data.streaming and _steps_given(tree.get("trainer")) <= 0:
         lines.append("data.streaming: needs to know when to stop; set trainer.max_steps=…")
     samples = tree.get("samples")

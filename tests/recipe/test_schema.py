@@ -72,16 +72,7 @@ PUBLISHED = {"sft": "zephyr", "rm": "llama3-8b", "dpo": "zephyr"}
 """A recipe of each stage that uses config groups or hub ids."""
 
 
-BUILT_ON_A_GROUP = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="check.json_schema: data.train is required, though a group brings it, as in data: { batch_size: 128 }",
-)
-
-
-@pytest.mark.parametrize(
-    "key", [pytest.param(key, marks=BUILT_ON_A_GROUP) if key.endswith("/zephyr") else key for key in SHIPPED]
-)
+@pytest.mark.parametrize("key", SHIPPED)
 def test_an_editor_accepts_the_shipped_recipes_as_they_are_written(key):
     schema = json_schema(key.split("/")[0])
     for name, value in raw(key).items():
@@ -149,7 +140,6 @@ def test_a_docstring_stands_under_every_field(stage):
     assert {"train", "path", "stage", "num_gpus", "r", "prompts", "run_dir"} <= set(seen)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="pydantic drops inherited docstrings from subclasses")
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_an_editor_is_told_what_the_keys_of_every_stage_are(stage):
     schema = json_schema(stage)
