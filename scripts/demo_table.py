@@ -1,8 +1,8 @@
-"""Print what the demo's two stages changed, from the answers that the runs kept.
+"""Print what the demo's stages changed, from the answers that the runs kept.
 
     python scripts/demo_table.py
 
-Reads samples.jsonl and manifest.json of runs/demo/sft and runs/demo/dpo; nothing is generated here.
+Reads samples.jsonl and manifest.json of runs/demo/sft, runs/demo/rm and runs/demo/dpo; nothing is generated here.
 """
 
 import json
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from align_cli.evaluate.refusals import rate
 
-SFT, DPO = Path("runs/demo/sft"), Path("runs/demo/dpo")
+SFT, RM, DPO = Path("runs/demo/sft"), Path("runs/demo/rm"), Path("runs/demo/dpo")
 SHOWN = 3
 """Prompts of each kind that are printed; all of them are counted."""
 
@@ -50,6 +50,11 @@ def main() -> None:
     counts.add_row("words an answer", *words)
     console.print(counts)
 
+    metrics = json.loads((RM / "manifest.json").read_text())["metrics"]
+    console.print(
+        f"RM on held-out pairs: accuracy {metrics['eval_accuracy']:.2f} ± {metrics['eval_accuracy_se']:.2f} "
+        f"(the longer one wins: {metrics['eval_longer_wins']:.2f})"
+    )
     metrics = json.loads((DPO / "manifest.json").read_text())["metrics"]
     console.print(
         f"DPO on held-out pairs: accuracy {metrics['eval_rewards/accuracies']:.2f}, "

@@ -25,6 +25,8 @@ class Held:
     kind: Kind
     finding: str = ""
     """For kinds that cannot serve: what was found there."""
+    mend: str = ""
+    """What to do about the finding, where that does not depend on who asks."""
     base: str | None = None
     """An adapter's base model."""
     reward: bool = False
@@ -46,20 +48,23 @@ def look(path: str) -> Held:
     config = _json(folder / "config.json")
     if (folder / "recipe.yaml").is_file() and (_json(folder / "manifest.json") or {}).get("status") != "complete":
         return Held(path, "unfinished", "is an unfinished run", config=config)
+    if torn := _unreadable(folder):
+        return Held(path, "other", *torn, config=config)
     if (folder / "adapter_config.json").is_file():
         adapter = _json(folder / "adapter_config.json") or {}
+        base = adapter.get("base_model_name_or_path")
         return Held(
-            path, "adapter", base=adapter.get("base_model_name_or_path"), reward=adapter.get("task_type") == "SEQ_CLS"
+            path, "adapter", base=base if isinstance(base, str) else None, reward=adapter.get("task_type") == "SEQ_CLS"
         )
     if config is None:
-        return Held(path, "other", "holds no config.json")
+        there = (folder / "config.json").is_file()
+        return Held(path, "other", "its config.json is no JSON object" if there else "holds no config.json")
     if not list(folder.glob("*.safetensors")):
         old = next((file.name for file in folder.glob("*.bin")), None)
-        return Held(path, "other", f"holds {old} but no safetensors" if old else "holds no weights", config=config)
-    if torn := _unreadable(folder):
-        return Held(path, "other", torn, config=config)
-    architectures = config.get("architectures") or [""]
-    if architectures[0].endswith("ForSequenceClassification"):
+        found = f"holds {old} but no safetensors" if old else "holds no weights"
+        return Held(path, "other", found, "save it with save_pretrained (safetensors)", config=config)
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and str(*architectures[:1]).endswith("ForSequenceClassification"):
         return Held(path, "reward-model", config=config)
     return Held(path, "causal-lm", config=config)
 
@@ -98,23 +103,31 @@ def header(file: Path) -> dict:
         if len(start) < 8 or length > file.stat().st_size:
             raise ValueError("no safetensors header")
         found = json.loads(stream.read(length))
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(_is_entry(*entry) for entry in found.items()):
         raise ValueError("no safetensors header")
     return found
 
 
-def _unreadable(folder: Path) -> str:
-    """Which safetensors file is none, and what it is instead; the empty string if all have a header."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            pointer = stream.read(24).startswith(b"version https://git-lfs")
-        if pointer:
-            return f"{file.name} is a git-lfs pointer, not safetensors; `git lfs pull` fetches the weights"
+def _is_entry(name: str, entry: object) -> bool:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    return name == "__metadata__" or (isinstance(shape, list) and all(isinstance(length, int) for length in shape))
+
+
+def _unreadable(folder: Path) -> tuple[str, str] | None:
+    """Which file is not what its name says and how to mend it; None if all can be read."""
+    for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
         try:
-            header(file)
+            with file.open("rb") as stream:
+                pointer = stream.read(24).startswith(b"version https://git-lfs")
+            if pointer:
+                return f"{file.name} is a git-lfs pointer", "run `git lfs pull` there"
+            if file.suffix == ".safetensors":
+                header(file)
         except ValueError:
-            return f"{file.name} is no whole safetensors file"
-    return ""
+            return f"{file.name} is no whole safetensors file", "copy or write it again"
+        except OSError as error:
+            return f"{file.name} cannot be read ({error.strerror})", "mend the file or its permissions"
+    return None
 
 
 def fingerprint(path: str) -> str | None:

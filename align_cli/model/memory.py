@@ -39,6 +39,11 @@ def sizes(parameters: int | None, config: dict | None) -> Sizes | None:
     return Sizes(int(parameters), config.get("hidden_size"), config.get("num_hidden_layers"), config.get("vocab_size"))
 
 
+def batch_tokens(gpu: bool) -> int:
+    """Tokens that go through a model at a time where a recipe leaves it open: on a CPU, caches set the limit."""
+    return 16384 if gpu else 2048
+
+
 def lora_parameters(size: Sizes, rank: int) -> int:
     """Parameters of rank-r adapters on every linear layer of a Llama-like block.
 

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from align_cli.model.memory import GIB
 from align_cli.run import devices
-from align_cli.run.preflight import Plan, resolve_dtype
+from align_cli.run.footprint import resolve_dtype
+from align_cli.run.preflight import Plan
 
 
 def show(plan: Plan, console: Console) -> None:

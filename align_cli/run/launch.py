@@ -61,9 +61,9 @@ def adopt_slurm() -> None:
 
 
 def _first_node(nodes: str) -> str:
-    """The first name of a Slurm node list: `node[03-06,9],gpu1` -> `node03`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    return match[1] + (match[2] or "") if match else "127.0.0.1"
+    """The first name of a Slurm node list: `node[03-06,9],gpu1` -> `node03`, `rack[1-2]n[3,5]` -> `rack1n3`."""
+    first = re.match(r"(\[[^\]]*\]|[^,\[])*", nodes)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first) or "127.0.0.1"
 
 
 def called_by_launcher() -> bool:

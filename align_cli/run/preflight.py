@@ -6,7 +6,6 @@ The sections of a recipe are looked at one by one, so that a bad key in one does
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from align_cli.data.load import is_local
 from align_cli.errors import AlignError, RecipeError
 from align_cli.model import kind, memory, templates
 from align_cli.recipe import check as recipe_check
-from align_cli.recipe import places
-from align_cli.recipe.compose import Composed, default_run_dir
-from align_cli.recipe.schema import STAGES, Recipe
+from align_cli.recipe.compose import Composed
+from align_cli.recipe.schema import Recipe
 from align_cli.recipe.sections import Data, Launch, Model, OtherModel, Samples
 from align_cli.run import batch, devices, manifest
 from align_cli.run.directory import RunDirectory
+from align_cli.run.footprint import footprint
+from align_cli.run.upstream import policy_problems, recipe_of, stage_of_run
 
 NEEDS = {"sft": "demonstrations", "rm": "preferences", "dpo": "preferences"}
 """What each stage asks of its rows."""
@@ -51,8 +51,8 @@ class Plan:
     def tokenizer_path(self) -> str:
         """Where a tokenizer can be had while the upstream run is still to be made: the model it will start from."""
         path, depth = self.recipe.model.path, 0
-        while kind.look(path).kind in ("missing", "unfinished") and (stage := _stage_of_run(path)) and depth < 4:
-            path, depth = recipe_check.load(stage, [f"recipe={_recipe_of(stage, path)}"])[1].model.path, depth + 1
+        while kind.look(path).kind in ("missing", "unfinished") and (stage := stage_of_run(path)) and depth < 4:
+            path, depth = recipe_check.load(stage, [f"recipe={recipe_of(stage, path)}"])[1].model.path, depth + 1
         return path
 
     def steps(self) -> int | None:
@@ -110,74 +110,12 @@ def _look_at_models(plan: Plan, lines: list[str], starting: bool) -> None:
     tree = plan.composed.tree
     model = _section(Model, tree.get("model"))
     if model is not None:
-        lines += _policy_problems(plan, "model.path", model.path, starting)
+        lines += policy_problems("model.path", model.path, starting, plan.todo)
         lines += templates.problems(model.path, model.chat_template)
     for role in OTHERS:
         other = _section(OtherModel, tree.get(role))
         if other is not None:
-            lines += _policy_problems(plan, f"{role}.path", other.path, starting)
-
-
-def _policy_problems(plan: Plan, key: str, path: str, starting: bool) -> list[str]:
-    """Why a path cannot serve as a causal language model."""
-    held = kind.look(path)
-    stage = _stage_of_run(path)
-    if held.kind in ("missing", "unfinished") and stage is not None:
-        command = f"align {stage} recipe={_recipe_of(stage, path)}"
-        if held.kind == "missing":
-            try:
-                places.find(stage, _recipe_of(stage, path))
-            except RecipeError as error:
-                return [f"{key}: {path} is not there, and no recipe makes it ({error.lines[0]})"]
-            if not starting:
-                plan.todo.append(command)
-                return []
-        verb = "is not there" if held.kind == "missing" else "is not finished"
-        return [f"{key}: {path} {verb}; run `{command}` first"]
-    if held.kind == "reward-model" or held.reward:
-        return [f"{key}: {path} is a reward model (a scalar head); name the SFT run it came from"]
-    if held.kind == "adapter":
-        if held.base is None or (kind.look(held.base).kind not in ("causal-lm", "hub")):
-            return [
-                f"{key}: {path} is an adapter whose base {held.base or '(unnamed)'} is not there; "
-                "put the base back, or name a model merged by `align merge`"
-            ]
-        return []
-    if held.kind == "missing":
-        near = _near_directory(path)
-        return [f"{key}: {path}: no such directory{near}; name a model directory, a finished run or a hub id"]
-    if held.kind == "unfinished":
-        return [f"{key}: {path} is not finished; run its stage again to finish it"]
-    if held.kind == "other":
-        mend = (
-            "save it with save_pretrained (safetensors)" if held.config else "name a model directory or a finished run"
-        )
-        return [f"{key}: {path}: {held.finding}; {mend}"]
-    return []
-
-
-def _stage_of_run(path: str) -> str | None:
-    """The stage whose default run directory this is."""
-    path = os.path.normpath(path)
-    parts = Path(path).parts
-    return (
-        parts[-1] if len(parts) == 3 and path == default_run_dir(parts[1], parts[-1]) and parts[-1] in STAGES else None
-    )
-
-
-def _recipe_of(stage: str, path: str) -> str:
-    """What to write after recipe= to make that run."""
-    unfinished = Path(path) / "recipe.yaml"
-    return str(unfinished) if unfinished.is_file() else f"{Path(path).parts[1]}.yaml"
-
-
-def _near_directory(path: str) -> str:
-    from align_cli.errors import did_you_mean
-
-    siblings = (
-        [str(entry) for entry in Path(path).parent.glob("*") if entry.is_dir()] if Path(path).parent.is_dir() else []
-    )
-    return did_you_mean(path, siblings).rstrip("?")
+            lines += policy_problems(f"{role}.path", other.path, starting, plan.todo)
 
 
 def _look_at_data(plan: Plan, lines: list[str]) -> None:
@@ -220,60 +158,9 @@ def _look_at_run(plan: Plan, lines: list[str]) -> None:
         lines += error.lines
     if plan.batch is None:
         return
-    _plan_memory(plan)
+    plan.size, plan.memory = footprint(stage, recipe, plan.batch.per_device, plan.ranks)
     for count in plan.counts:
         plan.notes += [line for line in count.lines()]
-
-
-def _plan_memory(plan: Plan) -> None:
-    recipe, stage = plan.recipe, plan.composed.stage
-    plan.size = _size(stage, recipe)
-    if plan.size is None:
-        return
-    trainable = memory.lora_parameters(plan.size, recipe.lora.r) if recipe.lora else plan.size.parameters
-    separate = stage == "dpo" and not recipe.method.precompute_reference and (recipe.lora is None or recipe.reference)
-    plan.memory = memory.plan(
-        plan.size,
-        dtype=resolve_dtype(recipe),
-        mixed=bool(recipe.trainer.get("bf16") or recipe.trainer.get("fp16") or devices.gpus()),
-        trainable=trainable,
-        zero_stage=recipe.zero.stage,
-        world_size=plan.ranks,
-        offload_optimizer=recipe.zero.offload_optimizer,
-        offload_param=recipe.zero.offload_param,
-        frozen_copies=1 if separate else 0,
-        rows=plan.batch.per_device * (2 if stage == "dpo" else 1),
-        tokens=recipe.data.max_length,
-        checkpointing=bool(recipe.trainer.get("gradient_checkpointing", devices.gpus() > 0)),
-    )
-
-
-def resolve_dtype(recipe: Recipe) -> str:
-    """The type that `model.dtype: auto` stands for: float32 where weights are trained in full, bfloat16 under LoRA."""
-    if recipe.model.dtype != "auto":
-        return recipe.model.dtype
-    return "bfloat16" if recipe.lora else "float32"
-
-
-def _size(stage: str, recipe: Recipe, depth: int = 0) -> memory.Sizes | None:
-    """The model's dimensions: from its files, the recipe, or the recipe of the upstream run that is still to do."""
-    held = kind.look(recipe.model.path)
-    counted = recipe.model.parameters or (kind.parameters(recipe.model.path) if held.kind == "causal-lm" else None)
-    if counted:
-        return memory.sizes(counted, held.config)
-    if held.kind == "adapter" and held.base:
-        base = kind.look(held.base)
-        return memory.sizes(kind.parameters(held.base), base.config)
-    upstream = _stage_of_run(recipe.model.path)
-    if held.kind == "missing" and upstream and depth < 4:
-        try:
-            named = _recipe_of(upstream, recipe.model.path)
-            places.find(upstream, named)
-            _, above = recipe_check.load(upstream, [f"recipe={named}"])
-        except AlignError:
-            return None
-        return _size(upstream, above, depth + 1)
-    return None
 
 
 def unchanged(plan: Plan) -> tuple[bool, list[str]]:

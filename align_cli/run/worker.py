@@ -17,7 +17,7 @@ from typing import Any
 from align_cli.errors import AlignError
 from align_cli.model.zero import deepspeed_config
 from align_cli.recipe.check import from_tree
-from align_cli.run import batch, launch, manifest, preflight, prepare
+from align_cli.run import batch, footprint, launch, manifest, preflight, prepare
 from align_cli.run.directory import RunDirectory
 
 
@@ -82,7 +82,7 @@ def _stage(stage: str, path: str, text: str) -> int:
     job = Job(
         recipe=recipe,
         run=run_directory,
-        dtype=preflight.resolve_dtype(recipe),
+        dtype=footprint.resolve_dtype(recipe),
         per_device=made.per_device,
         accumulation=made.accumulation,
         rank=rank,

@@ -21,7 +21,7 @@ from align_cli.data import chat, rankings
 from align_cli.data.groups import read_groups
 from align_cli.methods import quality
 from align_cli.methods.reward import Objective, RankingTrainer
-from align_cli.model import load, reward
+from align_cli.model import load, memory, reward
 from align_cli.model.lora import peft_config
 from align_cli.recipe.sections import Data
 from align_cli.stages import training
@@ -78,7 +78,7 @@ def run(job: Job) -> Outcome:
         processing_class=tokenizer,
         objective=Objective(method.loss, margin=method.margin, center=method.center),
         layout=method.layout,
-        batch_tokens=method.batch_tokens or (16384 if torch.cuda.is_available() else 2048),
+        batch_tokens=method.batch_tokens or memory.batch_tokens(torch.cuda.is_available()),
         say=job.say,
     )
     metrics, stopped_by = training.loop(trainer, job)
