@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -24,7 +25,15 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such a
 
 
 class Commands(typer.core.TyperGroup):
-    """A command that is none is met with the nearest one."""
+    """What the command line gets wrong is said in one line; a command that is none is met with the nearest one."""
+
+    def make_context(self, *args, **kwargs):
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx):
+        with _in_one_line():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx, args):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
@@ -32,6 +41,20 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"command line: '{args[0]}' is no command{near}", err=True)
             raise typer.Exit(2)
         return super().resolve_command(ctx, args)
+
+
+@contextlib.contextmanager
+def _in_one_line():
+    """A missing argument or an unknown option in one line, where typer prints the usage above it."""
+    usage_error = typer.BadParameter.__base__
+    try:
+        yield
+    except usage_error as error:
+        if not error.message or error.ctx is None:  # `align` alone: the help
+            raise
+        text = error.format_message().rstrip(".")
+        typer.echo(f"command line: {text[0].lower()}{text[1:]}; see `{error.ctx.command_path} --help`", err=True)
+        raise typer.Exit(2) from None
 
 
 def _version(asked: bool) -> None:
@@ -50,7 +73,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-recipes_app = typer.Typer(help="List, print or copy recipes.", invoke_without_command=True, rich_markup_mode=None)
+recipes_app = typer.Typer(
+    cls=Commands, help="List, print or copy recipes.", invoke_without_command=True, rich_markup_mode=None
+)
 app.add_typer(recipes_app, name="recipes")
 
 

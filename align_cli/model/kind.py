@@ -63,8 +63,8 @@ def look(path: str) -> Held:
         old = next((file.name for file in folder.glob("*.bin")), None)
         found = f"holds {old} but no safetensors" if old else "holds no weights"
         return Held(path, "other", found, "save it with save_pretrained (safetensors)", config=config)
-    architectures = config.get("architectures")
-    if isinstance(architectures, list) and str(*architectures[:1]).endswith("ForSequenceClassification"):
+    architectures = config.get("architectures") or [""]
+    if isinstance(architectures, list) and str(architectures[0]).endswith("ForSequenceClassification"):
         return Held(path, "reward-model", config=config)
     return Held(path, "causal-lm", config=config)
 

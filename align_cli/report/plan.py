@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from align_cli.model import kind
 from align_cli.model.memory import GIB
 from align_cli.run import devices
 from align_cli.run.footprint import resolve_dtype
@@ -20,7 +21,7 @@ def show(plan: Plan, console: Console) -> None:
     rows: list[tuple[str, str]] = []
     console.print(f"align {stage} recipe={plan.composed.file}", style="bold", highlight=False, markup=False)
     size = f"{plan.size.parameters / 1e9:.3g} B parameters" if plan.size else "size unknown until it is loaded"
-    pending = "  (still to be made)" if any(recipe.model.path.endswith(t.split()[1]) for t in plan.todo) else ""
+    pending = "  (still to be made)" if kind.look(recipe.model.path).kind == "missing" else ""
     rows.append(("model", f"{recipe.model.path}{pending} · {size} · {resolve_dtype(recipe)}"))
     if recipe.lora:
         rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
@@ -44,10 +45,11 @@ def show(plan: Plan, console: Console) -> None:
             f"{plan.ranks} ranks",
         )
     )
-    rows.append(("steps", str(plan.steps() or "known when the rows are read")))
-    kind = "GPU" if devices.gpus() else "CPU"
+    about = "about " if plan.roughly() else ""
+    rows.append(("steps", f"{about}{steps}" if (steps := plan.steps()) else "known when the rows are read"))
+    device = "GPU" if devices.gpus() else "CPU"
     hosts = f" over {recipe.launch.hostfile}" if recipe.launch.hostfile else ""
-    rows.append(("ranks", f"{plan.ranks} × {kind}{hosts}, ZeRO stage {recipe.zero.stage}"))
+    rows.append(("ranks", f"{plan.ranks} × {device}{hosts}, ZeRO stage {recipe.zero.stage}"))
     if plan.memory:
         parts = [f"{part.name} {'≈ ' if part.estimated else ''}{part.bytes / GIB:.2f}" for part in plan.memory]
         total = sum(part.bytes for part in plan.memory) / GIB

@@ -72,10 +72,11 @@ def problems(launch: Launch) -> list[str]:
                 f"launch.num_nodes: is {launch.num_nodes}, but {launch.hostfile} names {len(known)} hosts; "
                 "add hosts or lower it"
             )
-        if launch.node_rank is not None and launch.node_rank >= len(known):
+        used = min(launch.num_nodes or len(known), len(known))
+        if launch.node_rank is not None and launch.node_rank >= used:
             lines.append(
-                f"launch.node_rank: is {launch.node_rank}, but {launch.hostfile} names {len(known)} hosts; "
-                f"give 0 to {len(known) - 1}"
+                f"launch.node_rank: is {launch.node_rank}, but {launch.hostfile} names {len(known)} hosts"
+                f"{f', of which num_nodes takes {used}' if used < len(known) else ''}; give 0 to {used - 1}"
             )
         if launch.node_rank is not None and launch.master_addr is None:
             lines.append("launch.master_addr: is missing; with node_rank every host must be told rank 0's address")

@@ -78,17 +78,25 @@ class RunDirectory:
         """Keep other processes out until `release`, or this one's end. Raises LaunchError if one works in it."""
         if self._held is not None:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            other = lock.read().strip() or "unknown"
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = (self.path / ".lock").open("a+")
+            except FileNotFoundError:  # who held it has just moved it aside or removed it
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                other = lock.read().strip() or "unknown"
+                lock.close()
+                raise LaunchError(
+                    f"{self.path}: another align (process {other}) is working in it; wait for it, stop it, or set "
+                    "run_dir=…"
+                ) from None
+            if _is_at(lock, self.path / ".lock"):
+                break
             lock.close()
-            raise LaunchError(
-                f"{self.path}: another align (process {other}) is working in it; wait for it, stop it, or set run_dir=…"
-            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -113,6 +121,14 @@ class RunDirectory:
         """Raise UpstreamError if the directory holds something that is no run."""
         if self.state() == "foreign":
             raise UpstreamError(f"{self.path}: is not empty and no run; set run_dir= to another directory")
+
+
+def _is_at(opened: TextIO, file: Path) -> bool:
+    """Whether an open file is still the one at its path."""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _status(manifest: Path) -> str | None:

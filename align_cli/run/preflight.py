@@ -31,6 +31,13 @@ NEEDS = {"sft": "demonstrations", "rm": "preferences", "dpo": "preferences"}
 OTHERS = ("reference",)
 """Top-level sections that name another model."""
 
+EVALUATES = {
+    "eval_strategy": ("no", False, None),
+    "eval_on_start": (False, None),
+    "save_strategy": ("no", "steps", "epoch", False, None),
+}
+"""Trainer fields that ask for an evaluation unless they have one of these values."""
+
 
 @dataclass
 class Plan:
@@ -65,11 +72,19 @@ class Plan:
         known = self.counts[: len(sources)] if all(map(is_local, sources)) else []
         if not known or any(count.partial for count in known) or self.batch is None:
             return None
-        how = self.recipe.method.pairs if self.composed.stage == "dpo" else "best-worst"
+        if getattr(self.recipe.method, "packing", False) or trainer.get("dataloader_drop_last"):
+            return None
+        how = getattr(self.recipe.method, "pairs", "best-worst")
         rows = sum(count.elements(how) * source.weight for count, source in zip(known, sources, strict=True))
         if isinstance(self.recipe.data.eval, float):
             rows *= 1 - self.recipe.data.eval
-        return math.ceil(math.ceil(rows / self.batch.total) * trainer.get("num_train_epochs", 3.0))
+        return math.ceil(math.ceil(round(rows) / self.batch.total) * trainer.get("num_train_epochs", 3.0))
+
+    def roughly(self) -> bool:
+        """Whether `steps` depends on which prompts are held out, and which rows a fractional weight takes."""
+        data = self.recipe.data
+        drawn = isinstance(data.eval, float) or any(source.weight % 1 for source in data.train)
+        return drawn and self.recipe.trainer.get("max_steps", -1) <= 0
 
 
 def load(stage: str, arguments: list[str], *, starting: bool) -> Plan:
@@ -125,9 +140,12 @@ def _look_at_data(plan: Plan, lines: list[str]) -> None:
         return
     found, plan.counts = check_sources(data, NEEDS[plan.composed.stage])
     lines += found
-    trainer = tree.get("trainer")
-    if data.eval is None and isinstance(trainer, dict) and trainer.get("eval_strategy", "no") not in ("no", False):
-        lines.append("trainer.eval_strategy: there is nothing to evaluate on; set data.eval, a source or a fraction")
+    if data.eval is None and isinstance(trainer := tree.get("trainer"), dict):
+        lines += [
+            f"trainer.{key}: there is nothing to evaluate on; set data.eval, a source or a fraction"
+            for key, without in EVALUATES.items()
+            if trainer.get(key, without[0]) not in without
+        ]
     if data.streaming and _steps_given(tree.get("trainer")) <= 0:
         lines.append("data.streaming: needs to know when to stop; set trainer.max_steps=…")
     samples = tree.get("samples")
@@ -169,7 +187,12 @@ def unchanged(plan: Plan) -> tuple[bool, list[str]]:
 
     run = RunDirectory(plan.recipe.run_dir)
     made = manifest.read(run.path) or {}
-    old = yaml.safe_load(run.recipe.read_text(encoding="utf-8")) if run.recipe.is_file() else {}
+    try:
+        old = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        old = None
+    if not isinstance(old, dict):  # somebody's edit: not to be resumed as if it were this recipe
+        return False, [f"{run.recipe} cannot be read"]
     differs = manifest.differing_keys(old, recipe_check.to_tree(plan.recipe))
     if made:
         differs += manifest.missing_files(run, made) + manifest.changed_parents(made)

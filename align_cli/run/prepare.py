@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from align_cli.errors import UpstreamError
+from align_cli.errors import LaunchError, UpstreamError
 from align_cli.recipe.check import to_tree
 from align_cli.run import preflight
 from align_cli.run.directory import RunDirectory, write_atomically
@@ -33,11 +33,14 @@ def begin(plan: Plan, say) -> RunDirectory | None:
                 f"{run.path}: holds an unfinished run of another recipe ({_shortened(differs)}); finish it with "
                 f"`{again}`, or start anew with force=true"
             )
-        if plan.state == "finished" or plan.recipe.force:
-            why = "force=true" if plan.recipe.force else _shortened(differs)
-            run.hold()
-            say(f"{run.path}: running again ({why}); what was there is now {run.set_aside()}")
     run.hold()
+    if run.state() != plan.state:
+        run.release()
+        raise LaunchError(f"{run.path}: another align was at work in it until now; give the same command again")
+    if plan.state == "finished" or (plan.state == "unfinished" and plan.recipe.force):
+        why = "force=true" if plan.recipe.force else _shortened(differs)
+        say(f"{run.path}: running again ({why}); what was there is now {run.set_aside()}")
+        run.hold()
     tree = to_tree(plan.recipe) | {"force": False}
     head = f"# {again}   repeats this run\n"
     write_atomically(run.recipe, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))

@@ -7,34 +7,28 @@ from pathlib import Path
 
 from align_cli.errors import RecipeError, did_you_mean
 from align_cli.model import kind
-from align_cli.recipe import places
+from align_cli.recipe import check as recipe_check
 from align_cli.recipe.compose import default_run_dir
 from align_cli.recipe.schema import STAGES
 
 
 def policy_problems(key: str, path: str, starting: bool, todo: list[str]) -> list[str]:
-    """Why a path cannot serve as a causal language model; adds the command that makes it to `todo` if it is still to be
-    made and nothing is `starting`."""
+    """Why a path cannot serve as a causal language model; adds the commands that make it to `todo`, in order, if it is
+    still to be made and nothing is `starting`."""
     held = kind.look(path)
     stage = stage_of_run(path)
-    if held.kind in ("missing", "unfinished") and stage is not None:
-        command = f"align {stage} recipe={recipe_of(stage, path)}"
-        if held.kind == "missing":
-            try:
-                places.find(stage, recipe_of(stage, path))
-            except RecipeError as error:
-                return [f"{key}: {path} is not there, and no recipe makes it ({error.lines[0]})"]
-            if not starting:
-                todo.append(command)
-                return []
-        verb = "is not there" if held.kind == "missing" else "is not finished"
-        return [f"{key}: {path} {verb}; run `{command}` first"]
+    if stage is not None and held.kind == "missing":
+        return _to_be_made(key, path, stage, starting, todo)
+    if stage is not None and held.kind == "unfinished":
+        return [f"{key}: {path} is not finished; run `align {stage} recipe={recipe_of(stage, path)}` first"]
     if held.kind == "reward-model" or held.reward:
         return [f"{key}: {path} is a reward model (a scalar head); name the SFT run it came from"]
     if held.kind == "adapter":
-        if held.base is None or (kind.look(held.base).kind not in ("causal-lm", "hub")):
+        base = kind.look(held.base) if held.base else None
+        if base is None or base.kind not in ("causal-lm", "hub"):
+            found = "is not there" if base is None or base.kind == "missing" else base.finding or f"is a {base.kind}"
             return [
-                f"{key}: {path} is an adapter whose base {held.base or '(unnamed)'} is not there; "
+                f"{key}: {path} is an adapter whose base {held.base or '(unnamed)'} {found}; "
                 "put the base back, or name a model merged by `align merge`"
             ]
         return []
@@ -44,16 +38,41 @@ def policy_problems(key: str, path: str, starting: bool, todo: list[str]) -> lis
     if held.kind == "unfinished":
         return [f"{key}: {path} is not finished; run its stage again to finish it"]
     if held.kind == "other":
-        mend = (
-            "save it with save_pretrained (safetensors)" if held.config else "name a model directory or a finished run"
-        )
-        return [f"{key}: {path}: {held.finding}; {mend}"]
+        return [f"{key}: {path}: {held.finding}; {held.mend or 'name a model directory or a finished run'}"]
     return []
+
+
+def _to_be_made(key: str, path: str, stage: str, starting: bool, todo: list[str]) -> list[str]:
+    """Why a run that is not there cannot be made, or has to be made first."""
+    named = recipe_of(stage, path)
+    command = f"align {stage} recipe={named}"
+    if command in todo:
+        return []
+    try:
+        _, above = recipe_check.load(stage, [f"recipe={named}"])
+    except RecipeError as error:
+        return [f"{key}: {path} is not there, and no recipe makes it ({error.lines[0]})"]
+    if not same_place(above.run_dir, path):
+        return [f"{key}: {path} is not there, and `{command}` makes {above.run_dir}; name that, or mend its name"]
+    if same_place(above.model.path, path):
+        return [f"{key}: {path} is not there, and `{command}` starts from it; write a recipe that makes it"]
+    if starting:
+        return [f"{key}: {path} is not there; run `{command}` first"]
+    todo.append(command)  # for runs that name each other
+    lines = policy_problems(f"`{command}`: model.path", above.model.path, starting, todo)
+    todo.remove(command)
+    todo.append(command)  # after what it needs itself
+    return lines
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two spellings are of one path."""
+    return os.path.abspath(one) == os.path.abspath(other)
 
 
 def stage_of_run(path: str) -> str | None:
     """The stage whose default run directory this is."""
-    path = os.path.normpath(path)
+    path = os.path.relpath(path or ".")
     parts = Path(path).parts
     return (
         parts[-1] if len(parts) == 3 and path == default_run_dir(parts[1], parts[-1]) and parts[-1] in STAGES else None
@@ -63,7 +82,7 @@ def stage_of_run(path: str) -> str | None:
 def recipe_of(stage: str, path: str) -> str:
     """What to write after recipe= to make that run."""
     unfinished = Path(path) / "recipe.yaml"
-    return str(unfinished) if unfinished.is_file() else f"{Path(path).parts[1]}.yaml"
+    return str(unfinished) if unfinished.is_file() else f"{Path(os.path.relpath(path)).parts[1]}.yaml"
 
 
 def _near_directory(path: str) -> str:

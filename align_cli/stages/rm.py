@@ -65,6 +65,10 @@ def run(job: Job) -> Outcome:
     model = reward.from_policy(recipe.model, tokenizer, dtype=job.dtype, seeds=seeds, path=job.base)
     if recipe.lora:
         model = get_peft_model(model, peft_config(recipe.lora, "SEQ_CLS"))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                # a bfloat16 head would round its small updates away
+                parameter.data = parameter.data.float()
         if args.gradient_checkpointing:
             # checkpointed blocks whose inputs need no gradient would train nothing
             model.enable_input_require_grads()

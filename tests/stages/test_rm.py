@@ -170,10 +170,10 @@ def test_an_ensemble_scores_with_mean_minimum_and_spread(folder):
 def test_lora_trains_and_saves_the_head(folder):
     lora = ["lora.r=4", "lora.alpha=8", "trainer.learning_rate=1e-2"]
     recipe(folder, "adapter", "loss: ranking", steps=40)
-    project.ok("rm", "recipe=adapter.yaml", "name=adapter", *lora, "model.dtype=float32", cwd=folder)
+    project.ok("rm", "recipe=adapter.yaml", "name=adapter", *lora, "model.dtype=bfloat16", cwd=folder)
     run = folder / "runs/adapter/rm"
     saved = project.weights(run)
-    assert any(name.endswith("score.weight") for name in saved)
+    assert [tensor.dtype for name, tensor in saved.items() if name.endswith("score.weight")] == [torch.float32]
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
     project.ok("score", "runs/adapter/rm", "data=rm.jsonl", "out=a.jsonl", cwd=folder)
     project.ok("merge", "runs/adapter/rm", "--to", "merged", cwd=folder)
@@ -181,6 +181,10 @@ def test_lora_trains_and_saves_the_head(folder):
     a, b = ([json.loads(line)["scores"] for line in (folder / f"{name}.jsonl").open()] for name in "ab")
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
+    assert plain.config.num_labels == 1
 
 
 def test_a_soft_label_pulls_to_its_probability(folder):
