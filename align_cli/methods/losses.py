@@ -67,3 +67,15 @@ def centering(scores: Tensor, targets: Tensor) -> Tensor:
     compared = ((targets + targets.transpose(1, 2)) > 0).float()
     total = (scores.unsqueeze(2) + scores.unsqueeze(1)) ** 2
     return (compared * total).sum((1, 2)) / compared.sum((1, 2)).clamp(min=1)
+
+
+def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """-min(ρ·A, clip(ρ, 1±ε)·A) a token, ρ = exp(log π - log π_old) (PPO, arXiv 1707.06347, eq. 7)."""
+    ratio = log_ratio.exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """½·max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²) a token (openai/baselines, ppo2)."""
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.max((values - returns).square(), (held - returns).square()) / 2
