@@ -15,6 +15,8 @@ from align_cli.errors import AlignError, RecipeError, did_you_mean
 STAGE_HELP = {
     "sft": "Supervised fine-tuning on conversations.",
     "rm": "A reward model from rankings.",
+    "ppo": "Reinforcement learning from a reward model, with a value function and KL to the reference.",
+    "rloo": "Reinforcement learning from a reward model, other samples of the prompt as baseline.",
     "dpo": "Direct preference optimization on pairs or rankings.",
 }
 # `--beta=3` is passed on, so that the answer can be "write beta=3"
@@ -50,9 +52,9 @@ def _in_one_line():
     try:
         yield
     except usage_error as error:
-        if not error.message or error.ctx is None:  # `align` alone: the help
-            raise
         text = error.format_message().rstrip(".")
+        if "\n" in text or error.ctx is None:  # `align` alone, which is met with the help
+            raise
         typer.echo(f"command line: {text[0].lower()}{text[1:]}; see `{error.ctx.command_path} --help`", err=True)
         raise typer.Exit(2) from None
 
@@ -190,8 +192,10 @@ def merge(
     held = kind.look(run)
     if held.kind != "adapter":
         found = {"causal-lm": "holds a whole model", "reward-model": "holds a whole reward model"}.get(held.kind)
-        found = found or held.finding or "no such directory"
-        raise AlignError(f"{run}: {found}; only a run made with lora: needs merging")
+        mend = (
+            "finish it first" if held.kind == "unfinished" else held.mend or "only a run made with lora: needs merging"
+        )
+        raise AlignError(f"{run}: {found or held.finding or 'no such directory'}; {mend}")
     destination = Path(to or f"{run.rstrip('/')}-merged")
     if destination.exists():
         raise AlignError(f"{destination}: is there already; remove it or write --to another directory")
@@ -284,4 +288,4 @@ def _recipe(name: str):
 
 def main() -> None:
     """The console script."""
-    app()
+    app(prog_name="align")

@@ -166,9 +166,26 @@ def test_problems_go_to_stderr_and_nothing_to_stdout(home):
 
 
 def test_commands_and_options_that_are_none(home):
-    assert "'dop'" in "\n".join(refused(home, "dop", "recipe=t"))
+    assert refused(home, "dop", "recipe=t") == ["command line: 'dop' is no command, did you mean 'dpo'?"]
+    assert refused(home, "recipes", "lits") == ["command line: 'lits' is no command, did you mean 'list'?"]
+    assert refused(home, "check") == ["command line: missing argument 'STAGE'; see `align check --help`"]
+    assert refused(home, "--quiet") == ["command line: no such option: --quiet; see `align --help`"]
+    (line,) = refused(home, "show", "dpo", "recipe=t", "--rows=many")
+    assert line.startswith("command line: invalid value for '--rows' / '-n'")
     (line,) = refused(home, "check", "dpo")
     assert line.startswith("command line: no recipe; add recipe=NAME.yaml")
+    alone = align(cwd=home)
+    assert "Usage: align [OPTIONS] COMMAND" in alone.stdout + alone.stderr
+
+
+def test_what_cannot_be_merged(home):
+    assert refused(home, "merge", "x") == ["x: no such directory; only a run made with lora: needs merging"]
+    (line,) = refused(home, "merge", "models/x")
+    assert line == "models/x: holds a whole model; only a run made with lora: needs merging"
+    half = home / "runs" / "t" / "sft"
+    half.mkdir(parents=True)
+    (half / "recipe.yaml").write_text("name: t\n")
+    assert refused(home, "merge", "runs/t/sft") == ["runs/t/sft: is an unfinished run; finish it first"]
 
 
 def test_the_version(home):

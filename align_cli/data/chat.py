@@ -66,6 +66,11 @@ def render(tokenizer: Any, messages: list[Message], *, prompt: bool = False) -> 
         raise Unrenderable(f"the template refuses it ({str(error).splitlines()[0]})") from None
 
 
+def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
+    """Token ids of a prompt, up to where the assistant is to answer. Raises Unrenderable."""
+    return tokenizer(render(tokenizer, prompt, prompt=True), add_special_tokens=False)["input_ids"]
+
+
 def end_tokens(tokenizer: Any) -> set[int]:
     """Ids that can end a turn: every special token but BOS-only markers."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

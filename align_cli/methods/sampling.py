@@ -1,8 +1,8 @@
 """Sampling whose result depends on the row alone: not on its neighbours, not on the rank, not on what ran before.
 
 Every row draws Gumbel noise from a hash of its own seed, the position and the token; the greatest noisy logit is a
-sample of the softmax (Gumbel 1954; Maddison et al., arXiv 1411.0030). So one process and two ranks sample the same text,
-and a resumed run samples what the killed one would have.
+sample of the softmax (Gumbel 1954; Maddison et al., arXiv 1411.0030). So one process and two ranks sample the same
+text, and a resumed run samples what the killed one would have.
 
 Shapes: b rows, v vocabulary.
 """

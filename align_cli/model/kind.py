@@ -130,6 +130,11 @@ def _unreadable(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def manifest(path: str) -> dict:
+    """The manifest of a finished run; empty where there is none."""
+    return _json(Path(path) / "manifest.json") or {}
+
+
 def fingerprint(path: str) -> str | None:
     """A hash that changes when a model directory's weights or config do; None for a hub id or nothing.
 

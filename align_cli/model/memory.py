@@ -64,29 +64,31 @@ def plan(
     world_size: int,
     offload_optimizer: bool,
     offload_param: bool,
-    frozen_copies: int,
+    frozen: dict[str, int],
+    trained_copies: int = 1,
     rows: int,
     tokens: int,
     checkpointing: bool,
 ) -> list[Part]:
     """Bytes on one rank's device, a line each: weights, gradients, optimizer, frozen models, activations.
 
-    `rows` × `tokens` is what one micro-step puts through the model. Sharding divides by `world_size` from the stage
-    at which ZeRO shards that part.
+    `frozen` is how many frozen models of this size are held as what; `trained_copies` counts those that are trained,
+    2 with a value function. `rows` × `tokens` is what one micro-step puts through the model. Sharding divides by
+    `world_size` from the stage at which ZeRO shards that part.
     """
 
     def shard(amount: float, from_stage: int, offloaded: bool = False) -> int:
         return 0 if offloaded else int(amount / (world_size if zero_stage >= from_stage else 1))
 
     width = BYTES[dtype]
+    trainable *= trained_copies
     master = 4 * trainable if mixed and width == 2 else 0
     parts = [
-        Part("weights", shard(size.parameters * width, 3, offload_param)),
+        Part("weights", trained_copies * shard(size.parameters * width, 3, offload_param)),
         Part("gradients", shard(trainable * width, 2)),
         Part("optimizer", shard(8 * trainable + master, 1, offload_optimizer)),
     ]
-    if frozen_copies:
-        parts.append(Part("reference", frozen_copies * shard(size.parameters * width, 3)))
+    parts += [Part(name, copies * shard(size.parameters * width, 3)) for name, copies in frozen.items() if copies]
     if size.hidden and size.layers:
         # Korthikanti et al. (arXiv 2205.05198): 34 bytes a token, hidden unit and layer in half precision; with
         # checkpointing the layer inputs and one layer's insides remain.

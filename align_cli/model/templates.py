@@ -25,6 +25,11 @@ BUILT_IN = {
         "{{ '\n\nHuman: ' + message['content'] }}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
     ),
+    # no markers at all: what was said, one after the other, responses closed by EOS
+    "raw": (
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
 }
 END_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}
 """Markers that a built-in template needs as tokens; they are added to a vocabulary that lacks them."""

@@ -88,7 +88,9 @@ def json_schema(stage: str) -> dict[str, Any]:
         "description": f"Config groups ({', '.join(GROUPS)}) and recipes this one builds on; _self_ last.",
     }
     # the file's name and place stand for these
-    schema["required"] = [key for key in schema.get("required", []) if key not in ("name", "run_dir", "model", "data")]
+    schema["required"] = [
+        key for key in schema.get("required", []) if key not in ("name", "run_dir", "model", "data", "reward")
+    ]
     for key, field in Recipe.__pydantic_fields__.items():
         # pydantic loses the docstrings of inherited fields
         if key in schema["properties"] and field.description:

@@ -51,7 +51,8 @@ def compose(stage: str, arguments: list[str]) -> Composed:
     made_of = files.parts(stage, file, picks)
     config = _hydra(stage, file, picks, values, lines)
     tree = _resolved(stage, file, config)
-    keys = frozenset(match["key"] for text in overrides if (match := OVERRIDE.match(text)))
+    # a picked group's keys stand in its file
+    keys = frozenset(match["key"] for text in values if (match := OVERRIDE.match(text)))
     return Composed(stage, file, tree, keys, tuple(lines), tuple(made_of))
 
 
@@ -88,7 +89,7 @@ def _refuse_other_stage(stage: str, file: Path) -> None:
     means_it = place.parent in [root.resolve() for root in places.roots()] or file.name == "recipe.yaml"
     folder = place.name if means_it else ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        folder = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["stage"]
+        folder = str(json.loads((place / "manifest.json").read_text(encoding="utf-8"))["stage"])
     if folder in STAGES and folder != stage:
         raise RecipeError(f"{file}: is a recipe for `align {folder}`; run `align {folder} recipe={file}`")
 
@@ -115,10 +116,11 @@ def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: l
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
     OmegaConf.register_new_resolver("stage", _stage_path, replace=True)
     folders = [folder for root in places.roots() for folder in (root, root / stage) if folder.is_dir()]
-    search = ",".join(f"'file://{folder.resolve()}'" for folder in folders)
+    search = ",".join("'file://{}'".format(str(folder.resolve()).replace("'", "\\'")) for folder in folders)
     while True:
         GlobalHydra.instance().clear()
         try:
@@ -132,9 +134,15 @@ def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: l
             # a group is replaced with `zero=zero3` if the recipe's defaults hold it, and added with `+` if not
             lost = next((pick for pick in picks if f"Could not override '{pick.split('=')[0]}'" in str(error)), None)
             if lost is None:
-                raise RecipeError(f"{file}: {_one_line(error)}") from None
+                raise RecipeError(f"{file}: {_hydras(error)}") from None
             picks[picks.index(lost)] = f"+{lost}"
+        except (YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise RecipeError(f"{file}: cannot be composed ({_one_line(error)}); mend it or a file it names") from None
     OmegaConf.set_struct(config, False)
+    for pick in picks:
+        group, _, name = pick.lstrip("+").partition("=")
+        if isinstance(OmegaConf.to_container(config, resolve=False).get(group), str):
+            config[group] = name  # a name in the file's body would win over the command line's
     for text in values:
         try:
             _apply(config, text)
@@ -151,7 +159,7 @@ def _picks_group(text: str) -> bool:
         return False
     if value in known:
         return True
-    if value in ("null", "None", "") or not re.fullmatch(r"[\w./\-]+", value):
+    if value in ("null", "None") or not re.fullmatch(r"[\w./\-]*", value):
         return False
     aim = {"model": f"; for a model write model.path={value}", "data": f"; for a source write data.train={value}"}
     near = did_you_mean(value, list(known)) or f"; known: {', '.join(known) or 'none'}"
@@ -174,18 +182,36 @@ def _apply(config: Any, text: str) -> None:
             return
         try:
             parsed = OverridesParser.create().parse_override(f"++{key}={raw}")
-            if parsed.is_sweep_override():
-                how = f"a comma makes a sweep; write {key}=[{raw}]"
-                if "(" in raw:
-                    how = f"{raw.split('(')[0]}(…) makes a sweep, and a run has one value; write it"
-                raise RecipeError(f"command line: {text}: {how}, or quote the text")
             value = parsed.value()
+            if parsed.is_sweep_override():
+                raise RecipeError(f"command line: {text}: {_no_sweep(key, raw, value)}")
         except HydraException:
             value = raw  # `runs/lr=5e-7` is no value in Hydra's grammar, but people mean the text
         merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, key))
         OmegaConf.update(config, key, value, merge=merge, force_add=True)
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"command line: {text}: cannot be set here ({_one_line(error)})") from None
+
+
+def _no_sweep(key: str, raw: str, sweep: Any) -> str:
+    """What to write instead of several values for a key."""
+    if not getattr(sweep, "simple_form", False):
+        return f"{raw.split('(')[0]}(…) makes a sweep, and a run has one value; write it, or quote the text"
+    if key in GROUPS:
+        return f"a comma makes a sweep, and a run has one; write {key}={raw.split(',')[0]}"
+    return f"a comma makes a sweep; write {key}=[{raw}], or quote the text"
+
+
+def _hydras(error: Exception) -> str:
+    """A finding of Hydra's about the files, in our words where it speaks of its own."""
+    text = _one_line(error if str(error) else error.__cause__ or error)
+    if match := re.search(r"Multiple values for (\S+?)\.|(\S+) appears more than once in the final defaults", text):
+        group = match[1] or match[2]
+        return (
+            f"defaults and the recipes it builds on pick {group} twice; keep one, or write `override /{group}: NAME` "
+            "after the recipe whose choice it replaces"
+        )
+    return text.partition(" full_key: ")[0]
 
 
 def _missing(file: Path, error: Exception) -> str:
@@ -203,9 +229,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _stage_path(stage: str, name: str | None = None, *, _root_: Any) -> str:
+def _stage_path(stage: str, *name: str, _root_: Any) -> str:
     """`${stage:sft}`: the run directory of that stage under this recipe's name, or under another's."""
-    return default_run_dir(name or _root_.name, stage)
+    if len(name) > 1:
+        raise ValueError("${stage:…} takes a stage and, after a comma, the name of a run")
+    return default_run_dir(name[0] if name else _root_.name, stage)
+
+
+def _unresolved(error: Exception) -> str:
+    """What OmegaConf says of an interpolation, without its own class names."""
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
 
 
 def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
@@ -216,7 +249,7 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
     try:
         name = config.get("name") or (file.resolve().parent.parent.name if file.name == "recipe.yaml" else file.stem)
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{file}: name: {str(error).splitlines()[0]}; define it or write the value out") from None
+        raise RecipeError(f"{file}: name: {_unresolved(error)}; define it or write the value out") from None
     config.name = name
     for group in GROUPS:
         chosen = OmegaConf.to_container(config, resolve=False).get(group)
@@ -239,7 +272,7 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
         try:
             return resolve(parent[key], path)
         except OmegaConfBaseException as error:
-            lines.append(f"{file}: {path}: {str(error).splitlines()[0]}; define it or write the value out")
+            lines.append(f"{file}: {path}: {_unresolved(error)}; define it or write the value out")
             return None
 
     tree = resolve(config, "")

@@ -33,19 +33,23 @@ def listing() -> dict[str, Path]:
     return found
 
 
+def _folders(stage: str) -> list[Path]:
+    """Where a recipe is looked for, nearest first."""
+    return [Path(), *(root / stage for root in roots())]
+
+
 def find(stage: str, named: str) -> Path:
     """The file that `recipe=named` means under `align <stage>`.
 
     Raises RecipeError, naming the nearest recipes, if there is none.
     """
-    if named.endswith(".yml") and Path(named).is_file():
-        raise RecipeError(f"recipe={named}: recipes end in .yaml; rename it to {named.removesuffix('.yml')}.yaml")
-    for name in (named, named if named.endswith(".yaml") else f"{named}.yaml"):
-        if Path(name).is_file():
-            return Path(name)
-        for root in roots():
-            if (root / stage / name).is_file():
-                return root / stage / name
+    plain = named if named.endswith(".yaml") else f"{named}.yaml"
+    places = [folder / name for name in dict.fromkeys((named, plain)) for folder in _folders(stage)]
+    there = [place for place in places if place.is_file()]
+    if found := next((place for place in there if place.suffix == ".yaml"), None):
+        return found
+    if there:
+        raise RecipeError(f"recipe={named}: recipes end in .yaml; rename {there[0]} to {there[0].with_suffix('.yaml')}")
     known = {key.removeprefix(f"{stage}/"): key for key in listing() if key.startswith(f"{stage}/")}
     wanted = Path(named).name.removesuffix(".yaml")
     nearest = did_you_mean(wanted, list(known))

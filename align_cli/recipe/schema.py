@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from align_cli.recipe.online import Generation, Guard, PpoMethod, Rewards, RlooMethod, online_rules
 from align_cli.recipe.sections import (
     Count,
     Data,
@@ -23,6 +24,7 @@ from align_cli.recipe.sections import (
     Source,
     Zero,
     as_samples,
+    as_source,
     section,
 )
 
@@ -92,10 +94,6 @@ class DpoMethod:
             yield "method.loss", "cdpo cannot be mixed with other losses; use robust or sigmoid in the mixture"
 
 
-def _as_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
 @section
 class RmMethod:
     """A reward model from rankings (InstructGPT, arXiv 2203.02155, eq. 1)."""
@@ -108,7 +106,7 @@ class RmMethod:
     (Llama 2, arXiv 2307.09288). For ranking and pairwise."""
     center: Annotated[float, Field(ge=0)] = 0.0
     """Weight of (r_i + r_j)², which keeps rewards near zero (arXiv 2312.09244, which uses 0.01)."""
-    center_on: Annotated[Source | None, BeforeValidator(_as_source, json_schema_input_type=str | Source | None)] = None
+    center_on: Annotated[Source | None, BeforeValidator(as_source, json_schema_input_type=str | Source | None)] = None
     """Demonstrations whose mean score is put at 0 after training; null shifts nothing."""
     layout: Literal["auto", "shared", "rows"] = "auto"
     """shared: the prompt goes through the model once for all of its responses (4-D mask); rows: once for each. auto
@@ -179,7 +177,60 @@ class RmRecipe(Recipe):
             yield "data.streaming", "is not for rm, whose steps are filled from whole groups in memory; remove it"
 
 
-STAGES: dict[str, type[Recipe]] = {"sft": SftRecipe, "rm": RmRecipe, "dpo": DpoRecipe}
+@section
+class OnlineRecipe(Recipe):
+    """Stages that sample from the policy."""
+
+    reward: Rewards
+    """A finished `align rm` run, or several with weights."""
+    reference: OtherModel | None = None
+    """Default: the starting policy."""
+    gold: OtherModel | None = None
+    """A held-out reward model that is watched and never optimised: its falling while the reward rises is
+    over-optimisation (arXiv 2210.10760)."""
+    generation: Generation = Field(default_factory=Generation)
+    guards: list[Guard] = Field(default_factory=list)
+    """Watchers of the run."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from online_rules(self.generation, self.data, self.trainer)
+        for guard in self.guards:
+            yield from guard.rules()
+        if any(guard.metric == "gold_reward" for guard in self.guards) and self.gold is None:
+            yield "gold", "is missing, and a guard watches gold_reward; name a held-out reward model"
+
+
+@section
+class PpoRecipe(OnlineRecipe):
+    """align ppo"""
+
+    value: OtherModel | None = None
+    """Where the value function starts; default: the (first) reward model."""
+    method: PpoMethod = Field(default_factory=PpoMethod)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from OnlineRecipe.rules(self)
+        if self.lora is not None:
+            yield (
+                "lora",
+                "is not for ppo, which trains policy and value in full; remove it, or run `align rloo`",
+            )
+
+
+@section
+class RlooRecipe(OnlineRecipe):
+    """align rloo"""
+
+    method: RlooMethod = Field(default_factory=RlooMethod)
+
+
+STAGES: dict[str, type[Recipe]] = {
+    "sft": SftRecipe,
+    "rm": RmRecipe,
+    "ppo": PpoRecipe,
+    "rloo": RlooRecipe,
+    "dpo": DpoRecipe,
+}
 """Every stage that a recipe can be written for."""
 
 GROUPS = ("model", "data", "lora", "zero")

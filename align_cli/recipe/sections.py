@@ -80,6 +80,11 @@ class Source:
     into a list of objects."""
 
 
+def as_source(value: Any) -> Any:
+    """A path becomes a mapping."""
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _as_sources(value: Any) -> Any:
     """A path or a mapping or a list of them becomes a list of mappings."""
     if isinstance(value, (str, dict)):

@@ -19,6 +19,8 @@ from align_cli.errors import did_you_mean
 CONFIGS = {
     "sft": ("trainer/sft_config.py", "SFTConfig"),
     "rm": ("trainer/reward_config.py", "RewardConfig"),
+    "ppo": ("trainer/grpo_config.py", "GRPOConfig"),
+    "rloo": ("trainer/rloo_config.py", "RLOOConfig"),
     "dpo": ("trainer/dpo_config.py", "DPOConfig"),
 }
 """Stage -> the TRL config whose fields `trainer:` may set."""
@@ -43,6 +45,30 @@ OWNED: dict[str, str | None] = {
 }
 """Fields that another key of the recipe stands for (its name), or that a run does by itself (None)."""
 
+ONLINE: dict[str, str | None] = {
+    "num_iterations": "method.epochs",
+    "beta": "method.beta",
+    "epsilon": "method.clip",
+    "generation_batch_size": "data.batch_size",
+    "steps_per_generation": "method.minibatches",
+    "max_completion_length": "generation.max_new_tokens",
+    "temperature": "generation.temperature",
+    "top_p": "generation.top_p",
+    "top_k": "generation.top_k",
+    "use_vllm": "generation.engine",
+    "use_transformers_continuous_batching": "generation.engine",
+    "use_transformers_paged": "generation.engine",
+    "reward_weights": "reward",
+    "shuffle_dataset": None,
+    "num_generations_eval": None,
+    "log_completions": None,
+    # a moving reference would have to be part of every checkpoint to resume exactly
+    "sync_ref_model": None,
+    "ref_model_mixup_alpha": None,
+    "ref_model_sync_steps": None,
+}
+"""Fields of TRL's online trainers that our sections stand for."""
+
 STAGE_OWNED: dict[str, dict[str, str | None]] = {
     "sft": {
         "packing": "method.packing",
@@ -64,6 +90,20 @@ STAGE_OWNED: dict[str, dict[str, str | None]] = {
         "eos_token": None,
         "pad_token": None,
         "pad_to_multiple_of": None,
+    },
+    "ppo": ONLINE
+    | {
+        "num_generations": None,
+        "loss_type": None,
+        "scale_rewards": None,
+        "multi_objective_aggregation": None,
+        "importance_sampling_level": None,
+    },
+    "rloo": ONLINE
+    | {
+        "num_generations": "method.k",
+        "normalize_advantages": "method.normalize_advantages",
+        "reward_clip_range": "reward",
     },
     "dpo": {
         "loss_type": "method.loss",

@@ -54,15 +54,21 @@ def _branch(path: str, entry: dict[str, Any] | None, stale: list[str], above: se
             stale.append(f"{path}: its {reason}")
         tree.add(branch)
     for data in made.get("data", []):
-        dropped = sum(data["dropped"].values())
-        tree.add(Text.assemble(("data      ", "dim"), f"{data['source']}  {data['rows_used']} rows, {dropped} dropped"))
+        dropped = sum((data.get("dropped") or {}).values())
+        tree.add(
+            Text.assemble(
+                ("data      ", "dim"), f"{data.get('source')}  {data.get('rows_used')} rows, {dropped} dropped"
+            )
+        )
     return tree
 
 
 def _summary(path: str, made: dict[str, Any] | None) -> str:
     if made is not None:
         figures = [f"{key} {made['metrics'][key]:.4g}" for key in SHOWN if key in made.get("metrics", {})]
-        return " · ".join([f"{made['stage']}, {made['status']} {made['finished']}", *figures])
+        # somebody else's manifest.json need not hold what ours does
+        said = [made.get(key, "?") for key in ("stage", "status", "finished")]
+        return " · ".join(["{}, {} {}".format(*said), *figures])
     held = kind.look(path)
     names = {"hub": "hub id", "missing": "gone", "unfinished": "unfinished", "causal-lm": "model directory"}
     return names.get(held.kind, held.kind)

@@ -27,7 +27,20 @@ def arithmetic(stage: str, recipe: Recipe, ranks: int) -> Batch:
     given = recipe.trainer
     per_device = given.get("per_device_train_batch_size", known["per_device_train_batch_size"].default)
     accumulation = given.get("gradient_accumulation_steps")
-    wanted = recipe.data.batch_size
+    method = getattr(recipe, "method", None)
+    wanted, pieces, k = recipe.data.batch_size, getattr(method, "minibatches", 1), getattr(method, "k", 1)
+    if wanted is not None and wanted % pieces:
+        raise RecipeError(
+            f"data.batch_size: {wanted} episodes do not divide by method.minibatches={pieces}; "
+            f"{_near(wanted, pieces)} would"
+        )
+    if wanted is not None and wanted % k:
+        raise RecipeError(
+            f"data.batch_size: {wanted} episodes do not divide by method.k={k} samples a prompt; "
+            f"{_near(wanted, k)} would"
+        )
+    # an optimizer step of a stage that samples sees one minibatch of a rollout
+    wanted = wanted // pieces if wanted is not None else None
     for key, value in (("per_device_train_batch_size", per_device), ("gradient_accumulation_steps", accumulation)):
         if value is not None and value < 1:
             raise RecipeError(f"trainer.{key}: is {value}; give 1 or more")

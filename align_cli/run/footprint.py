@@ -17,7 +17,9 @@ def footprint(stage: str, recipe: Recipe, per_device: int, ranks: int) -> tuple[
     if size is None:
         return None, []
     trainable = memory.lora_parameters(size, recipe.lora.r) if recipe.lora else size.parameters
-    separate = stage == "dpo" and not recipe.method.precompute_reference and (recipe.lora is None or recipe.reference)
+    frozen = {"reference": 1} if _holds_reference(stage, recipe) else {}
+    if stage in ("ppo", "rloo"):
+        frozen["reward"] = len(recipe.reward) + (recipe.gold is not None)
     return size, memory.plan(
         size,
         dtype=resolve_dtype(recipe),
@@ -27,10 +29,18 @@ def footprint(stage: str, recipe: Recipe, per_device: int, ranks: int) -> tuple[
         world_size=ranks,
         offload_optimizer=recipe.zero.offload_optimizer,
         offload_param=recipe.zero.offload_param,
-        frozen_copies=1 if separate else 0,
+        frozen=frozen,
+        trained_copies=2 if stage == "ppo" else 1,
         **_micro_step(stage, recipe, per_device),
         checkpointing=bool(recipe.trainer.get("gradient_checkpointing", devices.gpus() > 0)),
     )
+
+
+def _holds_reference(stage: str, recipe: Recipe) -> bool:
+    """Whether another, frozen model of the policy's size gives reference log-probabilities."""
+    if stage == "dpo":
+        return not recipe.method.precompute_reference and bool(recipe.lora is None or recipe.reference)
+    return stage == "ppo" or (stage == "rloo" and recipe.method.beta > 0 and recipe.lora is None)
 
 
 def _micro_step(stage: str, recipe: Recipe, per_device: int) -> dict[str, int]:

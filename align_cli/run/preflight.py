@@ -23,9 +23,9 @@ from align_cli.recipe.sections import Data, Launch, Model, OtherModel, Samples
 from align_cli.run import batch, devices, manifest
 from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import footprint
-from align_cli.run.upstream import policy_problems, recipe_of, stage_of_run
+from align_cli.run.upstream import policy_problems, recipe_of, reward_problems, stage_of_run
 
-NEEDS = {"sft": "demonstrations", "rm": "preferences", "dpo": "preferences"}
+NEEDS = {"sft": "demonstrations", "rm": "preferences", "ppo": "prompts", "rloo": "prompts", "dpo": "preferences"}
 """What each stage asks of its rows."""
 
 OTHERS = ("reference",)
@@ -127,10 +127,22 @@ def _look_at_models(plan: Plan, lines: list[str], starting: bool) -> None:
     if model is not None:
         lines += policy_problems("model.path", model.path, starting, plan.todo)
         lines += templates.problems(model.path, model.chat_template)
+    for role, path in reward_models(tree):
+        lines += reward_problems(role, path, starting, plan.todo)
     for role in OTHERS:
         other = _section(OtherModel, tree.get(role))
         if other is not None:
             lines += policy_problems(f"{role}.path", other.path, starting, plan.todo)
+
+
+def reward_models(tree: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, path) of every reward model that a recipe names."""
+    named = tree.get("reward")
+    entries = named if isinstance(named, list) else [named]
+    found = [(f"reward[{at}].path" if len(entries) > 1 else "reward.path", entry) for at, entry in enumerate(entries)]
+    found += [(f"{role}.path", tree.get(role)) for role in ("value", "gold")]
+    paths = [(key, entry.get("path") if isinstance(entry, dict) else entry) for key, entry in found]
+    return [(key, path) for key, path in paths if isinstance(path, str)]
 
 
 def _look_at_data(plan: Plan, lines: list[str]) -> None:

@@ -42,6 +42,21 @@ def policy_problems(key: str, path: str, starting: bool, todo: list[str]) -> lis
     return []
 
 
+def reward_problems(key: str, path: str, starting: bool, todo: list[str]) -> list[str]:
+    """Why a path cannot serve as a reward model: a policy's head would be drawn anew, and rewards be noise."""
+    held, stage = kind.look(path), stage_of_run(path)
+    if stage is not None and held.kind == "missing":
+        return _to_be_made(key, path, stage, starting, todo)
+    if held.kind == "unfinished":
+        again = f"`align {stage} recipe={recipe_of(stage, path)}`" if stage else "its stage"
+        return [f"{key}: {path} is not finished; run {again} first"]
+    if held.kind in ("reward-model", "hub") or (held.kind == "adapter" and held.reward):
+        return []
+    found = {"causal-lm": "is a language model without a trained scalar head", "adapter": "is a policy's adapter"}
+    said = found.get(held.kind, held.finding or "is no model")
+    return [f"{key}: {path} {said}; name a finished `align rm` run, such as ${{stage:rm}}"]
+
+
 def _to_be_made(key: str, path: str, stage: str, starting: bool, todo: list[str]) -> list[str]:
     """Why a run that is not there cannot be made, or has to be made first."""
     named = recipe_of(stage, path)

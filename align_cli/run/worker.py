@@ -16,7 +16,7 @@ from typing import Any
 
 from align_cli.errors import AlignError
 from align_cli.model.zero import deepspeed_config
-from align_cli.recipe.check import from_tree
+from align_cli.recipe.check import from_tree, to_tree
 from align_cli.run import batch, footprint, launch, manifest, preflight, prepare
 from align_cli.run.directory import RunDirectory
 
@@ -162,6 +162,8 @@ def _parents(recipe: Any) -> list[dict[str, Any]]:
     for role in preflight.OTHERS:
         if getattr(recipe, role, None) is not None:
             entries.append(manifest.parent(role, getattr(recipe, role).path))
+    for key, path in preflight.reward_models(to_tree(recipe)):
+        entries.append(manifest.parent(key.split("[")[0].split(".")[0], path))
     sources = recipe.data.train + (recipe.data.eval if isinstance(recipe.data.eval, list) else [])
     runs = dict.fromkeys(run for source in sources if (run := manifest.run_of(source.path)))
     return entries + [manifest.parent("data", run) for run in runs]

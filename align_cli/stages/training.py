@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align_cli.data import chat
@@ -56,7 +56,7 @@ def arguments(cls: type[TrainingArguments], job: Job, **own: Any) -> Any:
         "output_dir": str(job.run.checkpoints),
         "seed": recipe.seed,
         "data_seed": recipe.seed,
-        "max_length": recipe.data.max_length,
+        **({"max_length": recipe.data.max_length} if "max_length" in cls.__dataclass_fields__ else {}),
         "per_device_train_batch_size": job.per_device,
         "gradient_accumulation_steps": job.accumulation,
         "use_cpu": not cuda,
@@ -125,15 +125,17 @@ def run_to_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, c
     return Outcome(metrics, counts, stopped_by)
 
 
-def finish(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def finish(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, state_dict: dict[str, Any] | None = None
+) -> None:
     """The last save. Checkpoints go, unless the recipe asked for them."""
-    save(trainer, tokenizer, job)
+    save(trainer, tokenizer, job, state_dict)
     if job.main and not {"save_steps", "save_strategy", "save_total_limit"} & set(job.recipe.trainer):
         # ours were for resuming only
         shutil.rmtree(job.run.checkpoints, ignore_errors=True)
 
 
-def loop(trainer: Trainer, job: Job) -> tuple[dict[str, Any], int | None]:
+def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tuple[dict[str, Any], int | None]:
     """Train from the last whole checkpoint, if there is one. Returns the final metrics and the signal that stopped it.
 
     Raises LaunchError if the checkpoint was written by another number of ranks under ZeRO.
@@ -147,6 +149,7 @@ def loop(trainer: Trainer, job: Job) -> tuple[dict[str, Any], int | None]:
         ProgressLine(f"{job.recipe.name}/{job.run.path.name}", metrics, job.console),
         CheckpointMarks(COMPLETE),
         stop,
+        *([last] if last else []),
     ):
         trainer.add_callback(callback)
     if job.main:
@@ -189,8 +192,12 @@ def _same_ranks(checkpoint: Path, job: Job) -> None:
         )
 
 
-def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+def save(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, state_dict: dict[str, Any] | None = None
+) -> None:
     """Write the model, or the adapter, and the tokenizer into the run directory, and look at what was written.
+
+    `state_dict`, the same on rank 0 under any ZeRO stage, is written where more than the model was trained.
 
     Raises RuntimeError if a tensor is missing or empty: some sharded saves are, in silence (DeepSpeed#3841, #7900).
     """
@@ -198,7 +205,10 @@ def save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job) -> None
     generates = model.can_generate()
     if generates:
         set_ends(model, chat.generation_ends(tokenizer))
-    trainer.save_model(str(job.run.path))
+    if state_dict is None:
+        trainer.save_model(str(job.run.path))
+    elif job.main:
+        model.save_pretrained(job.run.path, state_dict=state_dict)
     trainer.accelerator.wait_for_everyone()
     if not job.main:
         return

@@ -105,7 +105,48 @@ def test_a_file_is_no_model(here):
 
 
 def test_a_config_that_is_no_mapping(folder):
-    assert kind.look(folder("odd", weights=True, config=[1])).kind == "other"
+    held = kind.look(folder("odd", weights=True, config=[1]))
+    assert (held.kind, held.finding) == ("other", "its config.json is no JSON object")
+
+
+@pytest.mark.parametrize("architectures", [None, [], [1], "LlamaForCausalLM", {}])
+def test_a_config_that_names_no_architecture(folder, architectures):
+    assert kind.look(folder("odd", weights=True, config={"architectures": architectures})).kind == "causal-lm"
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "adapter_model.safetensors", "config.json", "adapter_config.json"]
+)
+def test_a_git_lfs_pointer(folder, file):
+    adapter = {"base_model_name_or_path": "x"} if file.startswith("adapter") else None
+    name = folder("lm", "LlamaForCausalLM", weights=True, adapter=adapter)
+    (Path(name) / file).write_bytes(POINTER)
+    held = kind.look(name)
+    assert (held.kind, held.finding) == ("other", f"{file} is a git-lfs pointer")
+    assert held.mend == "run `git lfs pull` there"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\1\0\0",
+        b"\xff" * 64,
+        (2).to_bytes(8, "little") + b"[]",
+        (8).to_bytes(8, "little") + b"{",
+        (8).to_bytes(8, "little") + b'{"a": 1}',
+    ],
+)
+def test_weights_that_were_not_written_whole(folder, text):
+    name = folder("lm", "LlamaForCausalLM")
+    (Path(name) / "model.safetensors").write_bytes(text)
+    held = kind.look(name)
+    assert (held.kind, held.finding) == ("other", "model.safetensors is no whole safetensors file")
+    with pytest.raises(ValueError, match=r"header|Expecting"):
+        kind.header(Path(name) / "model.safetensors")
 
 
 @pytest.mark.parametrize(

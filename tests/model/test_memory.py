@@ -10,7 +10,7 @@ ZEPHYR = memory.Sizes(parameters=7_240_000_000)
 
 def plan(size=ZEPHYR, **more):
     given = {"dtype": "bfloat16", "mixed": True, "trainable": size.parameters, "zero_stage": 0, "world_size": 8}
-    given |= {"offload_optimizer": False, "offload_param": False, "frozen_copies": 0}
+    given |= {"offload_optimizer": False, "offload_param": False, "frozen": {}}
     given |= {"rows": 1, "tokens": 1, "checkpointing": True} | more
     return {part.name: part.bytes for part in memory.plan(size, **given)}
 
@@ -40,8 +40,14 @@ def test_adapters_train_little_and_freeze_the_rest():
 
 
 def test_the_reference_is_whole_below_stage_3():
-    assert [plan(zero_stage=stage, frozen_copies=1)["reference"] for stage in (0, 2, 3)] == [14.48e9, 14.48e9, 1.81e9]
-    assert plan(zero_stage=3, frozen_copies=3)["reference"] == 3 * 1.81e9
+    one = {"reference": 1}
+    assert [plan(zero_stage=stage, frozen=one)["reference"] for stage in (0, 2, 3)] == [14.48e9, 14.48e9, 1.81e9]
+    assert plan(zero_stage=3, frozen={"reward": 3})["reward"] == 3 * 1.81e9
+
+
+def test_a_value_function_is_trained_like_the_policy():
+    alone, both = plan(), plan(trained_copies=2)
+    assert {both[name] / alone[name] for name in ("weights", "gradients", "optimizer")} == {2}
 
 
 def test_what_is_offloaded_is_not_on_the_device():
@@ -67,7 +73,7 @@ ESTIMATE = {
     "rows": 1,
     "tokens": 1,
 }
-ESTIMATE |= {"offload_optimizer": False, "offload_param": False, "frozen_copies": 0, "checkpointing": False}
+ESTIMATE |= {"offload_optimizer": False, "offload_param": False, "frozen": {}, "checkpointing": False}
 
 
 def test_unknown_sizes():

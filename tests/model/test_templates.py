@@ -65,7 +65,7 @@ def test_a_named_template_must_be_there(model):
         "model.chat_template: zephir: no such template, did you mean 'zephyr'?"
     ]
     (line,) = templates.problems(model, "mine.jinga")
-    assert "known: chatml, zephyr, plain, or the path of a Jinja file" in line
+    assert "known: chatml, zephyr, plain, raw, or the path of a Jinja file" in line
 
 
 def test_a_model_without_one_must_be_given_one(model):

@@ -297,10 +297,14 @@ def test_what_the_config_takes_is_taken(block):
 # --- what is written out ------------------------------------------------------------------------------------------
 
 
+WORDS = {"rm": ["lora=r16"], "ppo": ["samples=[hello]"]}
+"""What a stage takes of lora and samples, where it does not take both."""
+
+
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_a_resolved_recipe_is_a_recipe(here, stage):
     name = max(key for key in places.listing() if key.startswith(f"{stage}/")).split("/")[1]
-    _, recipe = load(stage, [f"recipe={name}", "lora=r16", *(["samples=[hello]"] if stage != "rm" else [])])
+    _, recipe = load(stage, [f"recipe={name}", *WORDS.get(stage, ["lora=r16", "samples=[hello]"])])
     text = yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True)
     assert from_tree(stage, yaml.safe_load(text)) == recipe
     write(f"runs/zephyr/{stage}/recipe.yaml", text)

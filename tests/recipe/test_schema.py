@@ -68,7 +68,7 @@ def raw(key):
 
 
 SHIPPED = sorted(places.listing())
-PUBLISHED = {"sft": "zephyr", "rm": "llama3-8b", "dpo": "zephyr"}
+PUBLISHED = {"sft": "zephyr", "rm": "llama3-8b", "ppo": "instructgpt", "rloo": "hh", "dpo": "zephyr"}
 """A recipe of each stage that uses config groups or hub ids."""
 
 
@@ -117,7 +117,7 @@ def key_schema():
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_a_resolved_recipe_fits_the_schema_too(here, stage):
     schema = json_schema(stage)
-    tree = to_tree(load(stage, [f"recipe={PUBLISHED[stage]}", "lora=r16"])[1])
+    tree = to_tree(load(stage, [f"recipe={PUBLISHED[stage]}", *(["lora=r16"] if stage != "ppo" else [])])[1])
     for key, value in tree.items():
         assert fits(value, schema["properties"][key], schema), f"{key}: {value}"
 
@@ -156,12 +156,13 @@ def section_in(annotation):
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_a_typed_recipe_becomes_a_tree_and_comes_back(here, stage):
     answers = stage != "rm"
-    words = [f"recipe={PUBLISHED[stage]}", "lora=r128", "data.eval=0.05"]
+    held_out = [] if stage in ("ppo", "rloo") else ["data.eval=0.05"]
+    words = [f"recipe={PUBLISHED[stage]}", *(["lora=r128"] if stage != "ppo" else []), *held_out]
     words += ["samples={prompts: [hi], max_new_tokens: 3}"] if answers else []
     recipe = load(stage, [*words, "zero=zero3-offload", "zero.config={x: {y: [1, null]}}", "launch.num_gpus=4"])[1]
     back = from_tree(stage, yaml.safe_load(yaml.safe_dump(to_tree(recipe))))
     assert back == recipe and type(back) is STAGES[stage]
-    assert back.zero.config == {"x": {"y": [1, None]}} and back.data.eval == 0.05
+    assert back.zero.config == {"x": {"y": [1, None]}} and back.data.eval == (0.05 if held_out else None)
     assert not answers or back.samples.prompts == ["hi"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         back.seed = 1

@@ -100,6 +100,13 @@ def test_runs_that_name_each_other_end(here):
     assert sum("policy" in line and "──" in line for line in drawn("a")[1]) == 2
 
 
+@pytest.mark.parametrize(("text", "said"), [('{"sta', "unfinished"), ("[]", "unfinished"), ("{}", "?, ? ?")])
+def test_a_manifest_that_is_torn_or_not_ours(here, text, said):
+    run("runs/t/sft", "sft")
+    Path("runs/t/sft/manifest.json").write_text(text)
+    assert drawn("runs/t/sft") == (True, [f"runs/t/sft  {said}"])
+
+
 def test_what_is_no_run(chain):
     with pytest.raises(UpstreamError, match="runs/none: no such run"):
         drawn("runs/none")

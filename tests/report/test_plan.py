@@ -57,7 +57,7 @@ def test_a_line_a_subject(project):
     assert "dpo.jsonl (preference): 20 rows read, 20 used, 0 dropped" in said["data.eval"]
     assert said["method"].startswith("loss sigmoid, beta 0.1, label_smoothing 0, pairs best-worst")
     assert said["batch"] == "8 rows a step = 4 per device × 1 accumulated × 2 ranks"
-    assert said["steps"] == "9"  # 18 of 20 rows are trained on: 3 steps, 3 epochs
+    assert said["steps"] == "about 9"  # 18 of 20 rows are trained on: 3 steps, 3 epochs
     assert said["ranks"] == "2 × CPU, ZeRO stage 2"
     assert said["run"] == "runs/t/dpo (absent)"
     assert "needs" not in said
@@ -73,6 +73,9 @@ def test_what_must_run_before(project):
     said = printed("model.path=${stage:sft}", "model.chat_template=chatml")
     assert said["needs"] == "`align sft recipe=t.yaml`"
     assert said["model"].startswith("runs/t/sft  (still to be made) · 0.268 B parameters")
+    said = printed("model.path=./runs/t/sft/", "model.chat_template=chatml")
+    assert said["needs"] == "`align sft recipe=t.yaml`"
+    assert said["model"].startswith("./runs/t/sft/  (still to be made) · 0.268 B parameters")
 
 
 def test_another_reference_and_weighted_sources(project):
@@ -83,6 +86,17 @@ def test_another_reference_and_weighted_sources(project):
 
 def test_steps_that_cannot_be_known(project):
     assert printed("data.train=org/pairs")["steps"] == "known when the rows are read"
+
+
+def test_a_model_that_is_there_is_not_still_to_be_made(project):
+    said = printed("reference.path=${stage:sft}")
+    assert said["needs"] == "`align sft recipe=t.yaml`" and said["model"].startswith("models/x · ")
+
+
+def test_a_source_that_is_named_twice_has_two_lines(project):
+    said = printed("data.train=[dpo.jsonl,dpo.jsonl]", "data.batch_size=8", "trainer.num_train_epochs=1")
+    assert said["data.train"].count("dpo.jsonl (preference): 20 rows read, 20 used, 0 dropped") == 2
+    assert said["steps"] == "5"
 
 
 def test_dropped_rows_are_counted_with_their_first(project):

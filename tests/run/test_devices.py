@@ -68,6 +68,14 @@ def test_one_host_of_many(here):
     assert "give 0 to 1" in lines[0] and lines[1].startswith("launch.master_addr: is missing")
 
 
+def test_more_hosts_than_the_file_names(here):
+    file = hostfile(here, "a slots=1\nb slots=1\nc slots=1\n")
+    (line,) = devices.problems(Launch(hostfile=file, num_nodes=4))
+    assert line == "launch.num_nodes: is 4, but hosts names 3 hosts; add hosts or lower it"
+    (line,) = devices.problems(Launch(hostfile=file, num_nodes=2, node_rank=2, master_addr="a"))
+    assert line.endswith("names 3 hosts, of which num_nodes takes 2; give 0 to 1")
+
+
 def test_host_settings_without_hosts(here):
     assert devices.problems(Launch(node_rank=0, num_nodes=2)) == [
         "launch.node_rank: needs launch.hostfile; add it or remove node_rank",

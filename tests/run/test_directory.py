@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from align_cli.errors import LaunchError, UpstreamError
+from align_cli.run import directory
 from align_cli.run.directory import COMPLETE, RunDirectory, trim_metrics, write_atomically
 
 
@@ -97,6 +98,20 @@ def test_the_lock_names_who_holds_it_and_goes_with_its_process(run):
         assert (run.path / ".lock").read_text() == str(os.getpid())
     with run.locked():
         pass
+
+
+def test_a_lock_in_a_directory_that_was_moved_while_it_was_taken_is_none(run, monkeypatch):
+    taken = []
+
+    def flock(lock, how):
+        if not taken:
+            run.path.rename(run.path.with_name("moved"))  # by who held it until now
+        taken.append(lock.name)
+
+    monkeypatch.setattr(directory.fcntl, "flock", flock)
+    with run.locked():
+        assert len(taken) == 2 and (run.path / ".lock").read_text() == str(os.getpid())
+    assert (run.path.with_name("moved") / ".lock").read_text() == ""
 
 
 def test_files_are_replaced_whole(run):

@@ -94,10 +94,21 @@ def test_ranks_that_torchrun_made_under_slurm_are_torchruns(environment):
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "8")
 
 
-def test_slurms_short_list_of_nodes_is_no_address(environment):
-    environment.update(SLURM | {"SLURM_STEP_NODELIST": "node[3-6]"})
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node[3-6]", "node3"),
+        ("node[03-06,9],gpu1", "node03"),
+        ("gpu7,node[1-2]", "gpu7"),
+        ("rack[1-2]n[4,7-9]", "rack1n4"),
+        ("node5", "node5"),
+        ("", "127.0.0.1"),
+    ],
+)
+def test_slurms_short_list_of_nodes_is_no_address(environment, nodes, first):
+    environment.update(SLURM | {"SLURM_STEP_NODELIST": nodes})
     launch.adopt_slurm()
-    assert os.environ["MASTER_ADDR"] == "node3"
+    assert os.environ["MASTER_ADDR"] == first
 
 
 def test_libraries_are_told_to_be_quiet_but_not_overruled(environment):

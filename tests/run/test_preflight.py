@@ -59,10 +59,25 @@ def refused(*words, **kwargs):
         (["data.batch_size=4", "trainer.num_train_epochs=1", "data.train={path: dpo.jsonl, weight: 2}"], 11),
         (["data.batch_size=4", "trainer.num_train_epochs=1", "launch.num_gpus=2"], 6),
         (["data.batch_size=7", "trainer.num_train_epochs=1", "data.train=[dpo.jsonl,dpo.jsonl]"], 6),
+        # 21 - 21 · 0.2 = 16.8 rows: 17, of which 4 steps would leave one over
+        (["data.batch_size=4", "trainer.num_train_epochs=1", "data.eval=0.2"], 5),
+        (["data.batch_size=4", "trainer.dataloader_drop_last=true"], None),
     ],
 )
 def test_steps(project, words, steps):
     assert plan(*words).steps() == steps
+
+
+def test_steps_of_packed_rows_are_not_known(project):
+    assert plan("data.batch_size=4", stage="sft").steps() == 15
+    assert plan("data.batch_size=4", "method.packing=true", stage="sft").steps() is None
+    assert plan("method.packing=true", "trainer.max_steps=7", stage="sft").steps() == 7
+
+
+def test_steps_that_hang_on_what_is_drawn_are_about_right(project):
+    assert not plan().roughly() and not plan("data.train={path: dpo.jsonl, weight: 2}").roughly()
+    assert plan("data.eval=0.2").roughly() and plan("data.train={path: dpo.jsonl, weight: 1.5}").roughly()
+    assert not plan("data.eval=0.2", "trainer.max_steps=7").roughly()
 
 
 @pytest.mark.parametrize(("pairs", "steps"), [("all", 6), ("adjacent", 3)])
@@ -113,6 +128,53 @@ def test_what_is_to_be_made_is_refused_when_starting(project):
     assert plan("model.path=${stage:sft}").todo
 
 
+@pytest.mark.parametrize("path", ["./runs/t/sft", "runs/t/sft/", "runs//t/./sft", "{here}/runs/t/sft"])
+def test_a_run_that_is_still_to_be_made_may_be_spelled_otherwise(project, path):
+    held = plan(f"model.path={path.format(here=project)}", "reference.path=${stage:sft}")
+    assert held.todo == ["align sft recipe=t.yaml"] and held.tokenizer_path() == "models/x"
+
+
+@pytest.mark.parametrize("starting", [True, False])
+def test_a_run_that_no_recipe_makes(project, starting):
+    (line,) = refused("model.path=${stage:sft,tt}", starting=starting)
+    assert line.startswith("model.path: runs/tt/sft is not there, and no recipe makes it")
+    assert "did you mean 't'?" in line
+
+
+def test_a_run_that_a_recipe_of_its_name_does_not_make(project):
+    write("recipes/sft/b.yaml", "name: c\nmodel: { path: models/x }\ndata: { train: sft.jsonl }\n")
+    (line,) = refused("model.path=${stage:sft,b}")
+    assert "`align sft recipe=b.yaml` makes runs/c/sft; name that" in line
+    # found for every stage, it is no SFT recipe
+    write("d.yaml", 'model: { path: "${stage:sft}" }\ndata: { train: dpo.jsonl }\n')
+    (line,) = refused("model.path=${stage:sft,d}")
+    assert "`align sft recipe=d.yaml` starts from it; write a recipe that makes it" in line
+
+
+def test_what_the_upstream_run_needs_comes_before_it(project):
+    write("recipes/sft/b.yaml", 'name: b\nmodel: { path: "${stage:sft,t}" }\ndata: { train: sft.jsonl }\n')
+    assert plan("model.path=${stage:sft,b}").todo == ["align sft recipe=t.yaml", "align sft recipe=b.yaml"]
+    write("recipes/sft/b.yaml", "name: b\nmodel: { path: models/none }\ndata: { train: sft.jsonl }\n")
+    (line,) = refused("model.path=${stage:sft,b}")
+    assert line.startswith("`align sft recipe=b.yaml`: model.path: models/none: no such directory")
+
+
+def test_runs_that_name_each_other_end(project):
+    for name, other in ("bc", "cb"):
+        text = f'name: {name}\nmodel: {{ path: "${{stage:sft,{other}}}" }}\ndata: {{ train: sft.jsonl }}\n'
+        write(f"recipes/sft/{name}.yaml", text)
+    assert set(plan("model.path=${stage:sft,b}").todo) == {"align sft recipe=b.yaml", "align sft recipe=c.yaml"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("word", ["eval_strategy=epoch", "eval_strategy=steps", "eval_on_start=true"])
+def test_evaluating_on_nothing(project, stage, word):
+    (line,) = refused(f"trainer.{word}", stage=stage, starting=True)
+    assert line.startswith(f"trainer.{word.split('=')[0]}: there is nothing to evaluate on; set data.eval")
+    assert plan(f"trainer.{word}", f"data.eval={stage}.jsonl", stage=stage)
+    assert plan("trainer.eval_strategy=no", stage=stage)
+
+
 def test_an_unfinished_parent_is_refused_even_by_a_check(project):
     write("runs/t/sft/recipe.yaml", "name: t\n")
     (line,) = refused("model.path=${stage:sft}")
@@ -131,7 +193,11 @@ def test_an_unfinished_adapter_run_is_no_parent(project):
 def test_weights_that_are_none_are_named(project, weights):
     model("pointer", weights)
     (line,) = refused("model.path=models/pointer")
-    assert line.startswith("model.path: models/pointer") and "safetensors" in line
+    assert line.startswith("model.path: models/pointer: model.safetensors is ") and line.count(";") == 1
+    write("models/a/adapter_config.json", '{"base_model_name_or_path": "models/pointer"}')
+    write("models/a/chat_template.jinja", "x")
+    (line,) = refused("model.path=models/a")
+    assert "an adapter whose base models/pointer model.safetensors is " in line
 
 
 def test_a_reward_model_is_no_reference(project):

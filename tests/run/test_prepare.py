@@ -181,6 +181,26 @@ def test_who_comes_second_does_not_take_away_what_the_first_began(project, start
         assert run.path.is_dir()
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_not_written_over(project):
+    run, _ = begun()
+    plan = planned()
+    finish(run)
+    before = run.recipe.stat().st_mtime_ns
+    with pytest.raises(LaunchError, match="give the same command again"):
+        begin(plan, print)
+    assert run.state() == "finished" and run.recipe.stat().st_mtime_ns == before
+    assert begun()[0] is None
+
+
+@pytest.mark.parametrize("text", ["name: [", "just text", ""])
+def test_a_recipe_that_was_edited_to_pieces_is_not_resumed(project, text):
+    run, _ = begun()
+    run.recipe.write_text(text)
+    with pytest.raises(UpstreamError, match="runs/t/dpo/recipe.yaml cannot be read"):
+        begun()
+    assert begun("force=true")[0].state() == "unfinished" and aside(run) == ["dpo.old-1"]
+
+
 def test_a_run_that_never_began_leaves_nothing_and_one_that_did_stays(project, start):
     def fails(stage, path):
         raise UpstreamError("no weights")

@@ -1,0 +1,250 @@
+"""What PPO, RLOO and GRPO share: sampling by row, scores from our reward sources, minibatches that ranks agree on.
+
+A mixin over TRL's online trainers. Departures from them: a row's sample does not depend on rank or batch; a rollout is
+cut into minibatches by striding, not by a shuffle of each rank's own; checkpoints stand between rollouts only, so that
+a resumed run never trains on samples that are gone.
+
+Shapes: b samples of this rank, t response tokens, p prompt tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, TrainerCallback
+from trl.models import unwrap_model_for_generation
+
+from align_cli.methods.sampling import SeededSampling, row_seed
+
+Scorer = Callable[[list[Any], list[str]], Tensor]
+"""(prompts, responses as text) -> (b, n) scores, n > 1 for an ensemble."""
+
+
+@dataclass
+class Reward:
+    """One source of reward, with its weight and how an ensemble's scores become one."""
+
+    score: Scorer
+    weight: float = 1.0
+    aggregate: str = "mean"
+    """mean, worst, or mean - k·std as `minus-std`."""
+    k: float = 1.0
+    mean: Tensor | float = 0.0
+    std: Tensor | float = 1.0
+    """(n,) what each score is normalised with: (score - mean) / std."""
+    clip: float | None = None
+
+    def __call__(self, prompts: list[Any], texts: list[str]) -> tuple[Tensor, Tensor]:
+        """(b,) weighted scores, and (b,) spread of the ensemble (0 without one)."""
+        each = self.score(prompts, texts).float().cpu()
+        each = (each - self.mean) / self.std
+        spread = each.std(1) if each.shape[1] > 1 else torch.zeros(len(each), device=each.device)
+        one = each.mean(1)
+        if self.aggregate == "worst":
+            one = each.min(1).values
+        elif self.aggregate == "minus-std":
+            one = one - self.k * spread
+        if self.clip is not None:
+            one = one.clamp(-self.clip, self.clip)
+        return self.weight * one, spread
+
+
+@dataclass
+class Sampler:
+    """How responses are sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch: int = 64
+    """Prompts that are answered at a time."""
+
+
+class Rollouts:
+    """Mixin; `prepare_rollouts` is to be called once the trainer is built."""
+
+    def prepare_rollouts(
+        self,
+        *,
+        rewards: list[Reward],
+        sampler: Sampler,
+        missing_eos: float | None,
+        length_penalty: float,
+        gold: Reward | None = None,
+    ) -> None:
+        self.rewards, self.sampler, self.gold = rewards, sampler, gold
+        self.missing_eos, self.length_penalty = missing_eos, length_penalty
+        self.scores: Tensor = torch.zeros(0)
+        self.clock: Counter[str] = Counter()
+        self.latest: dict[str, float] = {}
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
+
+    # -- sampling
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any):
+        if self.use_vllm or getattr(self, "use_transformers_continuous_batching", False):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        started = time.perf_counter()
+        first = self.accelerator.process_index * len(prompt_ids)
+        stream = self.state.global_step if self.model.training else -1 - self.state.global_step
+        seeds = [row_seed(self.args.seed, stream, first + at) for at in range(len(prompt_ids))]
+        responses: list[list[int]] = [[]] * len(prompt_ids)
+        # neighbours of like length, so that little is padding
+        order = sorted(range(len(prompt_ids)), key=lambda at: len(prompt_ids[at]))
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self.accelerator.autocast(),
+        ):
+            training = model.training
+            model.eval()
+            for start in range(0, len(order), self.sampler.batch):
+                part = order[start : start + self.sampler.batch]
+                found = self._sample(model, [prompt_ids[at] for at in part], [seeds[at] for at in part])
+                for at, response in zip(part, found, strict=True):
+                    responses[at] = response
+            model.train(training)
+        self.clock["rollout"] += time.perf_counter() - started
+        return responses, None
+
+    def _sample(self, model: Any, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        p, pad = max(map(len, prompts)), self._tokenizer.pad_token_id
+        device = self.accelerator.device
+        ids = torch.tensor([[pad] * (p - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (p - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        settings = {"max_new_tokens": self.sampler.max_new_tokens, "do_sample": False, "use_cache": True}
+        config = GenerationConfig(**settings, eos_token_id=self.eos_token_ids, pad_token_id=pad, disable_compile=True)
+        choose = SeededSampling(
+            seeds,
+            temperature=self.sampler.temperature,
+            top_p=self.sampler.top_p,
+            top_k=self.sampler.top_k,
+            start=p,
+        )
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([choose])
+        )[:, p:].tolist()
+        ends = set(self.eos_token_ids)
+        cut = [next((at + 1 for at, token in enumerate(row) if token in ends), len(row)) for row in made]
+        return [row[:end] for row, end in zip(made, cut, strict=True)]
+
+    # -- scores
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """(b over all ranks, 1) scores; this rank's stay in `self.scores`."""
+        started = time.perf_counter()
+        texts = [completion[0]["content"] for completion in completions]
+        total = torch.zeros(len(texts), device=self.accelerator.device)
+        spread = torch.zeros_like(total)
+        for reward in self.rewards:
+            score, apart = reward(prompts, texts)
+            total, spread = total + score.to(total), spread + apart.to(total)
+        lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=total.device, dtype=total.dtype)
+        ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids_list], device=total.device)
+        proxy = total
+        total = total - self.length_penalty * lengths
+        if self.missing_eos is not None:
+            # in place of the score: a response that does not end is worth this (summarize_from_feedback)
+            total = torch.where(ended, total, torch.full_like(total, self.missing_eos))
+        self.scores = total
+        self.clock["score"] += time.perf_counter() - started
+        self._watch(prompts, texts, proxy, spread, lengths, ended)
+        return self.accelerator.gather(total.unsqueeze(1))
+
+    def _watch(self, prompts, texts, proxy: Tensor, spread: Tensor, lengths: Tensor, ended: Tensor) -> None:
+        columns = [proxy, spread, lengths, ended.float(), torch.tensor([distinct(t) for t in texts]).to(proxy)]
+        if self.gold is not None:
+            columns.append(self.gold(prompts, texts)[0].to(proxy))
+        table = self.accelerator.gather(torch.stack(columns, 1)).double()
+        names = ["reward", "reward_spread", "response_length", "eos_rate", "distinct_2", "gold_reward"]
+        for name, column in zip(names, table.unbind(1), strict=False):
+            self.note(name, column.mean().item())
+        self.note("score_std", table[:, 0].std(unbiased=False).item())
+        self.note("reward_length_correlation", correlation(table[:, 0], table[:, 2]))
+
+    def note(self, name: str, value: float) -> None:
+        """Remember a figure for the next line of metrics.jsonl, and for the guards."""
+        self._metrics["train"][name].append(value)
+        self.latest[name] = value
+
+    # -- minibatches
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """This micro-step's slice of the current rollout, which is sampled when the last one is used up."""
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        every = self.args.steps_per_generation * self.num_iterations
+        if self._step % every == 0 or self._buffered_inputs is None:
+            rollout = self._generate_and_score_completions(generation_batch)
+            micro, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+            b = len(rollout["completion_ids"])
+            minibatches = micro // accumulated
+            # row i is in minibatch i mod n on any number of ranks, since each holds a block of consecutive rows
+            order = [at for which in range(minibatches) for at in range(which, b, minibatches)]
+            size = b // micro
+            self._buffered_inputs = [sliced(rollout, order[n * size : (n + 1) * size]) for n in range(micro)]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the seconds spent in rollouts and scoring since the last log."""
+        if "loss" in logs and self.clock:
+            logs |= {f"seconds_{name}": round(value, 3) for name, value in self.clock.items()}
+            self.clock.clear()
+        if self._metrics["train"]["entropy"]:
+            self.latest["entropy"] = self._metrics["train"]["entropy"][-1]
+        super().log(logs, *args, **kwargs)
+
+
+class BetweenRollouts(TrainerCallback):
+    """Puts checkpoints off to the end of the rollout in hand, and stops there too."""
+
+    def __init__(self, updates: Callable[[], int]):
+        self.updates, self.due, self.stopping = updates, False, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.due |= control.should_save
+        self.stopping |= control.should_training_stop and state.global_step < state.max_steps
+        if state.global_step % self.updates() == 0 or state.global_step >= state.max_steps:
+            control.should_save, control.should_training_stop = self.due, control.should_training_stop or self.stopping
+            self.due = False
+        else:
+            control.should_save = control.should_training_stop = False
+
+
+def sliced(rollout: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The named rows of everything that has one entry a row."""
+    b = len(rollout["completion_ids"])
+    return {
+        key: value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == b else value
+        for key, value in rollout.items()
+    }
+
+
+def distinct(text: str, n: int = 2) -> float:
+    """Share of different n-grams among a text's n-grams of words; 1 where there are none (Li et al., 2016)."""
+    words = text.split()
+    grams = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; 0 where one does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = (a.square().sum() * b.square().sum()).sqrt()
+    return float((a * b).sum() / scale) if scale > 1e-12 else 0.0

@@ -1,0 +1,182 @@
+"""The sections of stages that sample from the policy: generation, rewards, guards, PPO and RLOO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from align_cli.recipe.sections import Count, Fraction, Positive, Source, as_source, section
+
+
+@section
+class Generation:
+    """How responses are sampled. Scoring uses the same temperature."""
+
+    max_new_tokens: Count = 128
+    """Longest response, in tokens."""
+    temperature: Positive = 1.0
+    """Divides the logits, in sampling and in scoring alike."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens that holds so much probability."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from so many most probable tokens; 0 from all."""
+    engine: Literal["auto", "hf", "batched", "vllm"] = "auto"
+    """hf: `generate`, every row sampled by a seed of its own, so that ranks and resumed runs agree; batched:
+    transformers' continuous batching; vllm: colocated, or a server with trainer.vllm_mode. auto is hf."""
+    batch: Count = 64
+    """Prompts that are answered at a time on a device (hf)."""
+
+
+@section
+class RewardSource:
+    """Where a response's reward comes from."""
+
+    path: str
+    """A finished `align rm` run."""
+    chat_template: str | None = None
+    """As model.chat_template, for a reward model whose tokenizer has none."""
+    weight: float = 1.0
+    """Rewards of several sources are added up with these."""
+    aggregate: Literal["mean", "worst", "minus-std"] = "mean"
+    """How an ensemble's scores become one: their mean, the worst, or mean - k·std (arXiv 2310.02743)."""
+    k: Positive = 1.0
+    """For minus-std."""
+    normalize: bool = True
+    """Subtract the shift and divide by the standard deviation that the run's manifest holds."""
+    clip: Positive | None = None
+    """Scores beyond ±clip, after normalization, count as ±clip."""
+
+
+def _as_rewards(value: Any) -> Any:
+    if isinstance(value, (str, dict)):
+        value = [value]
+    return [as_source(entry) for entry in value] if isinstance(value, list) else value
+
+
+Rewards = Annotated[
+    list[RewardSource],
+    BeforeValidator(_as_rewards, json_schema_input_type=str | RewardSource | list[str | RewardSource]),
+    Field(min_length=1),
+]
+
+Act = Literal["warn", "raise_kl", "rollback", "stop"]
+
+
+@section
+class Guard:
+    """A watcher of one figure of metrics.jsonl."""
+
+    metric: Literal[
+        "kl",
+        "response_length",
+        "eos_rate",
+        "distinct_2",
+        "entropy",
+        "reward_length_correlation",
+        "gold_reward",
+        "reward_spread",
+    ]
+    """kl is in nats a sequence; gold_reward is a held-out reward model's; reward_spread an ensemble's."""
+    above: float | None = None
+    """The figure must not exceed this."""
+    below: float | None = None
+    """The figure must not fall below this."""
+    drop: Positive | None = None
+    """The figure must not fall this far below its best, while the reward is at its own best: over-optimisation."""
+    act: Act = "warn"
+    """warn: say so; raise_kl: β grows by a half each rollout until the sign is gone, and goes back; rollback: take the
+    best checkpoint's weights and stop; stop: end the run, finished, with the reason in the manifest."""
+    patience: Count = 3
+    """Rollouts in a row that must show the sign."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.above is None and self.below is None and self.drop is None:
+            yield "guards", f"the guard on {self.metric} has no threshold; give above, below or drop"
+
+
+def online_rules(generation: Generation, data: Any, trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    room = data.max_length - generation.max_new_tokens
+    if room < 1:
+        yield (
+            "generation.max_new_tokens",
+            f"is {generation.max_new_tokens} and leaves no room for a prompt in data.max_length={data.max_length}; "
+            f"raise data.max_length or set generation.max_new_tokens below {data.max_length}",
+        )
+    if data.max_prompt_length is not None and data.max_prompt_length > room >= 1:
+        yield (
+            "data.max_prompt_length",
+            f"is {data.max_prompt_length}, but {generation.max_new_tokens} new tokens of data.max_length="
+            f"{data.max_length} leave {room}; set data.max_prompt_length={room}",
+        )
+    if data.batch_size is None:
+        yield "data.batch_size", "is missing; set it to the episodes of a rollout, over all ranks"
+    if isinstance(data.eval, (list, float)):
+        yield "data.eval", "is not for stages that sample; watch metrics.jsonl, or set samples"
+    if trainer.get("max_steps", -1) == 0:
+        yield "trainer.max_steps", "is 0; give the number of updates"
+
+
+@section
+class PpoMethod:
+    """PPO from a reward model: maximise E[r(x, y)] - β·KL(π‖π_ref) (InstructGPT, arXiv 2203.02155, eq. 2)."""
+
+    beta: Annotated[float, Field(ge=0)] = 0.05
+    """β, the price of a nat of KL to the reference. At 0 a policy games its reward."""
+    target_kl: Positive | None = None
+    """Nats a sequence that an adaptive β keeps to (lm-human-preferences uses 6); null keeps β fixed."""
+    horizon: Count = 10_000
+    """Episodes over which an adaptive β moves."""
+    kl: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the per-token KL in the reward."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    lam: Fraction = 0.95
+    """λ of generalized advantage estimation (arXiv 1506.02438)."""
+    clip: Positive = 0.2
+    """ε of the clipped ratio (arXiv 1707.06347)."""
+    value_clip: Positive = 0.2
+    """How far a value may move from the rollout's."""
+    vf_coef: Positive = 0.1
+    """Weight of the value loss."""
+    epochs: Count = 4
+    """Passes over a rollout."""
+    minibatches: Count = 1
+    """Optimizer steps a pass; data.batch_size / minibatches episodes in each."""
+    whiten: bool = True
+    """Advantages with mean 0 and variance 1 over all ranks."""
+    missing_eos: float | None = -1.0
+    """Score of a response that does not end, in place of the reward model's; null leaves the score."""
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken off the score for every token."""
+    ptx_coef: Annotated[float, Field(ge=0)] = 0.0
+    """γ of PPO-ptx: weight of the LM loss on `ptx` rows (27.8 in InstructGPT)."""
+    ptx: Annotated[Source | None, BeforeValidator(as_source, json_schema_input_type=str | Source | None)] = None
+    """Demonstrations for PPO-ptx."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if (self.ptx_coef > 0) != (self.ptx is not None):
+            yield "method.ptx", "and method.ptx_coef go together; set both or neither"
+
+
+@section
+class RlooMethod:
+    """REINFORCE, leave-one-out: the other K-1 samples of a prompt are the baseline (arXiv 2402.14740)."""
+
+    k: Annotated[int, Field(ge=2)] = 4
+    """Samples a prompt."""
+    beta: Annotated[float, Field(ge=0)] = 0.05
+    """β, the price of a nat of KL to the reference, taken off the score of the whole response."""
+    clip: Positive = 0.2
+    """ε of the clipped sequence ratio, where a rollout is used more than once."""
+    epochs: Count = 1
+    """Passes over a rollout."""
+    minibatches: Count = 1
+    """Optimizer steps a pass."""
+    normalize_advantages: bool = False
+    """Divide advantages by their standard deviation."""
+    missing_eos: float | None = -1.0
+    """Score of a response that does not end, in place of the reward model's; null leaves the score."""
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken off the score for every token."""

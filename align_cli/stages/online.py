@@ -1,0 +1,169 @@
+"""What stages that sample share: prompts, reward models, the sampler, and the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import add_fused_lm_head
+
+from align_cli.data import chat
+from align_cli.data.groups import Count, Group, read_groups
+from align_cli.methods import layout
+from align_cli.methods.guards import Guards
+from align_cli.methods.rollouts import BetweenRollouts, Reward, Sampler
+from align_cli.model import kind, load, reward
+from align_cli.recipe.schema import OnlineRecipe
+from align_cli.recipe.sections import Model
+from align_cli.stages import training
+from align_cli.stages.job import Job, Outcome, fold_in
+from align_cli.stages.samples import Samples
+
+
+def arguments(job: Job, cls: type, **own: Any) -> Any:
+    """Training arguments of TRL's online trainers."""
+    recipe: OnlineRecipe = job.recipe
+    method, generation = recipe.method, recipe.generation
+    return training.arguments(
+        cls,
+        job,
+        num_iterations=method.epochs,
+        epsilon=method.clip,
+        steps_per_generation=job.accumulation * method.minibatches,
+        max_completion_length=generation.max_new_tokens,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k,
+        use_vllm=generation.engine == "vllm",
+        use_transformers_continuous_batching=generation.engine == "batched",
+        shuffle_dataset=True,
+        remove_unused_columns=False,
+        **own,
+    )
+
+
+def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list[Count]]:
+    """Rows of `prompt` messages that leave room for a response, and the row counts, which are printed too."""
+    data = job.recipe.data
+    limit = data.max_prompt_length or data.max_length - job.recipe.generation.max_new_tokens
+    groups, tally = read_groups(data, "prompts", job.recipe.seed), chat.Tally()
+    rows = []
+    for group in groups.train:
+        try:
+            length = len(chat.prompt_ids(tokenizer, group.prompt))
+        except chat.Unrenderable as error:
+            tally.drop(group, str(error))
+            continue
+        if length > limit:
+            tally.drop(group, f"prompt over {limit} tokens")
+            continue
+        rows.append({"prompt": group.prompt})
+    for line in fold_in(groups.counts, tally, data.max_dropped):
+        job.say(line)
+    return Dataset.from_list(rows), groups.counts
+
+
+def rewards(job: Job, prepare: Any) -> tuple[list[Reward], Reward | None]:
+    """The recipe's rewards, and its gold reward if it names one. `prepare(model)` shards or places a frozen model."""
+    recipe: OnlineRecipe = job.recipe
+    found = []
+    for source in recipe.reward:
+        scale = kind.manifest(source.path).get("reward", {}) if source.normalize else {}
+        found.append(
+            Reward(
+                scorer(job, Model(path=source.path, chat_template=source.chat_template), prepare),
+                weight=source.weight,
+                aggregate=source.aggregate,
+                k=source.k,
+                mean=torch.tensor([0.0] if scale.get("shift_in_weights") else scale.get("mean", [0.0])),
+                std=torch.tensor(scale.get("std", [1.0])).clamp(min=1e-6),
+                clip=source.clip,
+            )
+        )
+    gold = Reward(scorer(job, Model(path=recipe.gold.path), prepare)) if recipe.gold else None
+    return found, gold
+
+
+def scorer(job: Job, named: Model, prepare: Any) -> Any:
+    """(prompts, texts) -> (b, h) scores of the named reward model, through its own tokenizer and template."""
+    tokenizer = load.tokenizer(named)
+    model = prepare(reward.load_run(named.path, tokenizer, "bfloat16" if torch.cuda.is_available() else "float32"))
+    max_length = job.recipe.data.max_length
+
+    @torch.no_grad()
+    def score(asked: list[Any], texts: list[str]) -> torch.Tensor:
+        rows = []
+        for prompt, text in zip(asked, texts, strict=True):
+            # a response that says nothing still ends its turn
+            group = Group(prompt, [[{"role": "assistant", "content": text or " "}]])
+            ids, (answer,) = chat.responses(tokenizer, group)
+            rows.append({"prompt_ids": ids, "responses": [answer[: max(max_length - len(ids), 1)]]})
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        parts = layout.fill(rows, "rows", 8192)
+        found: dict[int, torch.Tensor] = {}
+        for part in _even(parts, job.ranks, device):
+            packed = layout.separate([rows[at] for at in part], tokenizer.pad_token_id, device)
+            for at, values in zip(part, packed.regroup(model(**packed.inputs)), strict=True):
+                found[at] = values[0].float()
+        return torch.stack([found[at] for at in range(len(rows))])
+
+    return score
+
+
+def _even(parts: list[list[int]], ranks: int, device: torch.device) -> list[list[int]]:
+    """As many micro-batches on every rank, since each forward pass of ZeRO-3 is a collective."""
+    if ranks == 1:
+        return parts
+    most = torch.tensor([len(parts)], device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return parts + [parts[-1]] * (int(most) - len(parts))
+
+
+def sampler(job: Job) -> Sampler:
+    """The recipe's `generation`."""
+    asked = job.recipe.generation
+    return Sampler(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, asked.batch)
+
+
+def frozen(model: Any) -> Any:
+    """The model without gradients or dropout."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def placing(trainer: Any) -> Any:
+    """A function that places a frozen model as the trainer places its own: sharded under ZeRO-3."""
+
+    def placed(model: Any) -> Any:
+        if trainer.is_deepspeed_enabled:
+            return prepare_deepspeed(model, trainer.accelerator)
+        return trainer.accelerator.prepare_model(model, evaluation_mode=True)
+
+    return placed
+
+
+def reference(job: Job, tokenizer: PreTrainedTokenizerBase, trainer: Any, temperature: float) -> Any:
+    """The frozen reference, ready to give log-probabilities of sampled tokens."""
+    model = load.policy(job.recipe.model, tokenizer, dtype=job.dtype, path=job.reference or job.base)
+    add_fused_lm_head(model, temperature=temperature)
+    return placing(trainer)(frozen(model))
+
+
+def run_to_end(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job, counts: list[Count], finish: Any) -> Outcome:
+    """Samples before, the loop under guards, samples after, the save."""
+    samples = Samples(job, tokenizer)
+    samples.answer(trainer, "before")
+    guards = Guards(job.recipe.guards, trainer, job.say)
+    trainer.add_callback(guards)
+    between = BetweenRollouts(lambda: trainer.updates_per_rollout)
+    metrics, stopped_by = training.loop(trainer, job, last=between)
+    if stopped_by is None:
+        guards.roll_back()
+        samples.answer(trainer, "after")
+        finish()
+    reason = {"stopped_by_guard": guards.reason} if guards.reason else {}
+    return Outcome(metrics, counts, stopped_by, extra=reason)

@@ -1,0 +1,112 @@
+"""align ppo: maximise E[r(x, y)] - β·KL(π‖π_ref) with a value function and a clipped ratio.
+
+    align ppo recipe=demo.yaml
+
+InstructGPT, arXiv 2203.02155, eq. 2. The reward model's score lands on the last token, the KL on every one; the value
+function starts from the reward model and is saved beside the policy, in `value/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from trl.trainer.utils import disable_dropout_in_model
+
+from align_cli.data import chat
+from align_cli.data.groups import read_groups
+from align_cli.methods.ppo import Critic, PPOConfig, PPOTrainer, Settings
+from align_cli.methods.returns import KLController
+from align_cli.model import load, reward
+from align_cli.model.load import set_ends
+from align_cli.recipe.sections import Data
+from align_cli.stages import online, training
+from align_cli.stages.job import Job, Outcome
+
+
+def run(job: Job) -> Outcome:
+    """Sample, score, train, in turn; save policy and value function. Returns the metrics and the row counts."""
+    recipe, method = job.recipe, job.recipe.method
+    tokenizer = load.tokenizer(recipe.model, job.base)
+    args = online.arguments(job, PPOConfig, num_generations=1, beta=0.0, loss_type="dapo")
+    rows, counts = online.prompts(job, tokenizer)
+    policy = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base)
+    set_ends(policy, chat.generation_ends(tokenizer))
+    value = _value_model(job, tokenizer)
+    for model in (policy, value):
+        disable_dropout_in_model(model)
+    critic = Critic(policy, value)
+    trainer = PPOTrainer(
+        model=policy,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        reward_funcs=[lambda **kwargs: None],  # ours take their place in `_calculate_rewards`
+    )
+
+    rewards, gold = online.rewards(job, online.placing(trainer))
+    trainer.prepare_rollouts(
+        rewards=rewards,
+        sampler=online.sampler(job),
+        missing_eos=method.missing_eos,
+        length_penalty=method.length_penalty,
+        gold=gold,
+    )
+    trainer.prepare_ppo(
+        critic=critic,
+        reference=online.reference(job, tokenizer, trainer, args.temperature),
+        controller=KLController(method.beta, method.target_kl, method.horizon),
+        settings=Settings(
+            gamma=method.gamma,
+            lam=method.lam,
+            vf_coef=method.vf_coef,
+            value_clip=method.value_clip,
+            estimator=method.kl,
+            whiten=method.whiten,
+            ptx_coef=method.ptx_coef,
+        ),
+        ptx=_ptx(job, tokenizer, trainer) if method.ptx else None,
+    )
+    return online.run_to_end(trainer, tokenizer, job, counts, lambda: _save(trainer, tokenizer, job))
+
+
+def _value_model(job: Job, tokenizer: Any) -> Any:
+    """The value function, as the reward model it starts from; its tokenizer must be the policy's."""
+    recipe = job.recipe
+    path = recipe.value.path if recipe.value else recipe.reward[0].path
+    return reward.load_run(path, tokenizer, job.dtype).train()
+
+
+def _ptx(job: Job, tokenizer: Any, trainer: PPOTrainer) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of demonstrations, chosen by the update's number, so that a resumed run sees the same."""
+    data = job.recipe.data
+    read = read_groups(Data(train=[job.recipe.method.ptx], max_length=data.max_length), "demonstrations", 0)
+    rows = list(
+        chat.sft_rows(tokenizer, read.train, max_length=data.max_length, last_turn_only=False, tally=chat.Tally())
+    )
+    draw = torch.Generator()
+    while True:
+        draw.manual_seed(job.recipe.seed * 1_000_003 + trainer.state.global_step * 4099 + trainer._step % 4099)
+        picked = torch.randint(len(rows), (job.per_device * job.ranks,), generator=draw).tolist()
+        mine = [rows[at] for at in picked[job.rank * job.per_device : (job.rank + 1) * job.per_device]]
+        t = max(len(row["input_ids"]) for row in mine)
+        ids = torch.tensor([row["input_ids"] + [tokenizer.pad_token_id] * (t - len(row["input_ids"])) for row in mine])
+        labels = torch.tensor([row["labels"] + [chat.IGNORED] * (t - len(row["labels"])) for row in mine])
+        seen = torch.tensor([[1] * len(row["input_ids"]) + [0] * (t - len(row["input_ids"])) for row in mine])
+        device = trainer.accelerator.device
+        yield {"input_ids": ids.to(device), "attention_mask": seen.to(device), "labels": labels.to(device)}
+
+
+def _save(trainer: PPOTrainer, tokenizer: Any, job: Job) -> None:
+    """The policy at the run's root, the value function in `value/`."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    prefix = f"{Critic.PART}."
+    if job.main:
+        value = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        trainer.critic.value_model.save_pretrained(job.run.path / "value", state_dict=value)
+        tokenizer.save_pretrained(job.run.path / "value")
+    own = {key: tensor for key, tensor in (state or {}).items() if not key.startswith(prefix)}
+    delattr(policy, Critic.PART)
+    training.finish(trainer, tokenizer, job, state_dict=own)
