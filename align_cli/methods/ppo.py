@@ -9,19 +9,24 @@ Shapes: b samples, p prompt tokens, t response tokens, d hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from align_cli.methods.losses import clipped_value_loss
 from align_cli.methods.returns import KLController, gae, kl_estimate, moments, shaped_rewards, whiten
 from align_cli.methods.rollouts import Rollouts
+from align_cli.model.shared import VALUE, SharedBackbone
 
 
 class PPOConfig(GRPOConfig):
@@ -53,10 +58,16 @@ class Critic:
     """A value model of its own, held as a part of the policy so that one optimizer, engine and checkpoint hold both."""
 
     PART = "value_model"
+    separate = False
+    """Whether its loss must run backward by itself."""
 
     def __init__(self, policy: Any, value_model: Any):
         policy.add_module(self.PART, value_model)
         self.value_model = value_model
+
+    def active(self) -> Any:
+        """A context in which values can be asked for."""
+        return contextlib.nullcontext()
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, t: int) -> Tensor:
         """(b, t) V(s) before each of the last t tokens is chosen: read one token earlier."""
@@ -68,13 +79,48 @@ class Critic:
             return head(hidden.to(head.weight.dtype)).float().mean(2)
 
 
+class SharedCritic:
+    """The value function as an adapter on the policy's backbone."""
+
+    separate = True
+
+    def __init__(self, backbone: SharedBackbone):
+        self.backbone = backbone
+
+    def active(self) -> Any:
+        """A context in which values can be asked for: the value adapter is on."""
+        return self.backbone.role(VALUE)
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, t: int) -> Tensor:
+        """(b, t) V(s) before each of the last t tokens is chosen."""
+        return self.backbone.scores(VALUE, input_ids, attention_mask)[:, -t - 1 : -1].mean(2)
+
+
+class ValueHead(TrainerCallback):
+    """Keeps the value head in checkpoints, into which PEFT writes adapters only."""
+
+    FILE = "value_head.safetensors"
+
+    def __init__(self, backbone: SharedBackbone):
+        self.head = backbone.model.get_submodule(f"{VALUE}_head")
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not args.deepspeed:
+            save_file(self.head.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE
+        if state.global_step and file.is_file():
+            self.head.load_state_dict(load_file(file))
+
+
 class PPOTrainer(Rollouts, GRPOTrainer):
     """GRPOTrainer whose advantages come from a value function. Call `prepare_ppo` once it is built."""
 
     def prepare_ppo(
         self,
         *,
-        critic: Critic,
+        critic: Critic | SharedCritic,
         reference: Any,
         controller: KLController,
         settings: Settings,
@@ -136,7 +182,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         else:
             with self.accelerator.unwrap_model(self.model).disable_adapter():
                 reference = self._log_probs(self.model, ids, seen, t)
-        with self.accelerator.autocast():
+        with self.critic.active(), self.accelerator.autocast():
             values = torch.cat(
                 [self.critic.values(ids[at : at + size], seen[at : at + size], t) for at in range(0, len(ids), size)]
             )
@@ -160,13 +206,24 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         self.note("beta", self.controller.beta)
         self.controller.update(kl, int(self.accelerator.num_processes * len(mask)))
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Over policy and value function, also where a checkpoint's adapters were just loaded."""
+        if self.critic.separate:
+            self.critic.backbone.as_policy()
+        return super().create_optimizer(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """As in GRPOTrainer; DDP, which expects one forward pass through its own wrapper, leaves gradients to us."""
-        if not isinstance(model, DistributedDataParallel):
-            return super().training_step(model, inputs, num_items_in_batch)
-        with model.no_sync():
+        """As in GRPOTrainer, and the value loss by itself where the critic is an adapter of the policy's backbone. DDP,
+        which expects one forward pass through its own wrapper, leaves the gradients to us."""
+        state, last = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        ours = isinstance(model, DistributedDataParallel)
+        with model.no_sync() if ours else contextlib.nullcontext():
+            state._set_sync_gradients(last and not self.critic.separate)
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+            state._set_sync_gradients(last)
+            if self.critic.separate:
+                loss = loss + self._value_step()
+        if ours and last:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     torch.distributed.all_reduce(parameter.grad)
@@ -176,6 +233,26 @@ class PPOTrainer(Rollouts, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Clipped policy loss, c·clipped value loss and γ·LM loss on pretraining rows, each a mean over all ranks."""
         loss = super()._compute_loss(model, inputs)
+        if self.critic.separate:
+            self._micro_batch = inputs
+        else:
+            loss = loss + self._value_loss(inputs)
+        if self.ptx is not None:
+            with self.accelerator.autocast():
+                lm = model(**next(self.ptx)).loss
+            self.note("ptx_loss", self.accelerator.gather(lm.detach()).mean().item())
+            loss = loss + self.settings.ptx_coef * lm / self.current_gradient_accumulation_steps
+        return loss
+
+    def _value_step(self) -> Tensor:
+        """Forward and backward of the value loss under the value adapter. Returns the loss."""
+        with self.critic.active():
+            loss = self._value_loss(self._micro_batch)
+            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+        return loss.detach()
+
+    def _value_loss(self, inputs: dict[str, Any]) -> Tensor:
+        """c·clipped value loss, a mean over the response tokens of all ranks."""
         mask = inputs["completion_mask"].float()
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -187,10 +264,4 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         value_loss = (each * mask).sum() / tokens
         self.note("value_loss", self.accelerator.gather((each.detach() * mask).sum() / mask.sum()).mean().item())
-        loss = loss + self.settings.vf_coef * value_loss
-        if self.ptx is not None:
-            with self.accelerator.autocast():
-                lm = model(**next(self.ptx)).loss
-            self.note("ptx_loss", self.accelerator.gather(lm.detach()).mean().item())
-            loss = loss + self.settings.ptx_coef * lm / self.current_gradient_accumulation_steps
-        return loss
+        return self.settings.vf_coef * value_loss

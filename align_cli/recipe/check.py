@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args
@@ -38,12 +39,14 @@ def check(composed: Composed) -> Recipe:
 
     Raises RecipeError with every unknown key, wrong type, broken rule and bad `trainer:` field.
     """
-    stage, tree, found = composed.stage, composed.tree, []
+    stage, tree, found = composed.stage, composed.tree, list(_not_finite(composed.tree))
     try:
         recipe = from_tree(stage, tree)
     except ValidationError as error:
         recipe = None
-        found += _joined([_explain(stage, tree, detail) for detail in error.errors()])
+        infinite = {key for key, _ in found}
+        explained = _joined([_explain(stage, tree, detail) for detail in error.errors()])
+        found += [(key, text) for key, text in explained if key not in infinite]
     if recipe is not None:
         found += [problem for problem in _rules(recipe)]
     if isinstance(tree.get("trainer"), dict):
@@ -109,17 +112,25 @@ def json_schema(stage: str) -> dict[str, Any]:
 
 
 def _rules(section: Any, path: str = "") -> list[tuple[str, str]]:
-    """Cross-field problems of a section and of the sections in it, plus non-finite numbers."""
+    """Cross-field problems of a section and of the sections in it."""
     found = list(section.rules()) if hasattr(section, "rules") else []
     for field in fields(section):
         value = getattr(section, field.name)
         if is_dataclass(value):
             found += _rules(value, f"{path}{field.name}.")
-            continue
-        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, float)]
-        if not all(map(math.isfinite, numbers)):
-            found.append((f"{path}{field.name}", f"is {value}; give a finite number"))
     return found
+
+
+def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """A problem for every nan or infinity in a tree."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _not_finite(inner, f"{path}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, f"is {value}; give a finite number"
 
 
 def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[str, str]:
@@ -139,6 +150,8 @@ def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[
         return key, "'None' is text here; write null for nothing"
     if kind == "dataclass_type":
         return key, f"expected a section with keys {', '.join(_known_keys(stage, location))}, found {given!r}"
+    if kind == "too_short" and not given:
+        return key, "is an empty list; name at least one"
     message = (
         detail["msg"]
         .replace("Input should be", "expected")
@@ -156,9 +169,13 @@ def _joined(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
         by_key.setdefault(key, []).append(text)
     joined = []
     for key, texts in by_key.items():
-        split = [EXPECTED.fullmatch(text) for text in texts]
-        if len(texts) > 1 and all(split) and len({match[2] for match in split}) == 1:
-            texts = [f"expected {' or '.join(dict.fromkeys(match[1] for match in split))}, found {split[0][2]}"]
+        split = [match for text in texts if (match := EXPECTED.fullmatch(text))]
+        if split and any(other.startswith((f"{key}[", f"{key}.")) for other in by_key):
+            continue  # one type of the union fits so far, and what is wrong in it is said
+        if len(texts) > 1 and split:
+            names = [name for text in texts if (name := re.search(r" is none of (.+?)(, did you mean|$)", text))]
+            wanted = dict.fromkeys([*(match[1] for match in split), *(name[1] for name in names)])
+            texts = [f"expected {' or '.join(wanted)}, found {split[0][2]}"]
         joined += [(key, text) for text in texts]
     return joined
 
@@ -166,7 +183,7 @@ def _joined(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def _is_tag(part: Any) -> bool:
     """pydantic puts the branch of a union into the location; people did not write that."""
     return isinstance(part, str) and (
-        part in ("str", "float", "int", "bool") or part.startswith(("list[", "function-", "nullable"))
+        part in ("str", "float", "int", "bool") or part.startswith(("list[", "literal[", "function-", "nullable"))
     )
 
 
@@ -214,11 +231,14 @@ class _Sources:
         plain = key.split("[")[0]
         if any(plain == word or plain.startswith(f"{word}.") for word in self.composed.overridden):
             return "command line: "
-        parts = plain.split(".")
-        for file, group in self.composed.parts:
-            path = parts if not group else parts[1:] if parts[0] == group else []
-            if path and (line := files.line_of(file, path)):
-                return f"{file}:{line}: "
+        parts = [int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key)]
+        # what is missing stands nowhere, but the list entry that lacks it does
+        shortest = len(plain.split("."))
+        for length in range(len(parts), shortest - 1, -1):
+            for file, group in self.composed.parts:
+                path = parts[:length] if not group else parts[1:length] if parts[0] == group else []
+                if path and (line := files.line_of(file, path)):
+                    return f"{file}:{line}: "
         if any(word.startswith(f"{plain}.") for word in self.composed.overridden):
             return "command line: "
         return f"{self.composed.file}: "

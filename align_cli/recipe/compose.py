@@ -137,7 +137,7 @@ def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: l
                 raise RecipeError(f"{file}: {_hydras(error)}") from None
             picks[picks.index(lost)] = f"+{lost}"
         except (YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise RecipeError(f"{file}: cannot be composed ({_one_line(error)}); mend it or a file it names") from None
+            raise RecipeError(f"{file}: cannot be composed ({_hydras(error)}); mend it or a file it names") from None
     OmegaConf.set_struct(config, False)
     for pick in picks:
         group, _, name = pick.lstrip("+").partition("=")
@@ -195,7 +195,7 @@ def _apply(config: Any, text: str) -> None:
 
 def _no_sweep(key: str, raw: str, sweep: Any) -> str:
     """What to write instead of several values for a key."""
-    if not getattr(sweep, "simple_form", False):
+    if not getattr(sweep, "simple_form", False) or re.match(r"\w+\(", raw):
         return f"{raw.split('(')[0]}(…) makes a sweep, and a run has one value; write it, or quote the text"
     if key in GROUPS:
         return f"a comma makes a sweep, and a run has one; write {key}={raw.split(',')[0]}"
@@ -211,7 +211,8 @@ def _hydras(error: Exception) -> str:
             f"defaults and the recipes it builds on pick {group} twice; keep one, or write `override /{group}: NAME` "
             "after the recipe whose choice it replaces"
         )
-    return text.partition(" full_key: ")[0]
+    text, _, key = text.partition(" full_key: ")
+    return f"{key.split()[0]}: {text}; mend the value or quote it" if key and "${" in text else text
 
 
 def _missing(file: Path, error: Exception) -> str:

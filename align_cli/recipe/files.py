@@ -13,6 +13,9 @@ from align_cli.errors import RecipeError
 from align_cli.recipe import places
 from align_cli.recipe.schema import GROUPS
 
+PLAIN = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge"}
+"""YAML's own types that a recipe may hold; any other tag would make something of the text."""
+
 
 def read(file: Path) -> Any:
     """The YAML mapping of a file, as nodes with their lines. Raises RecipeError for what is none."""
@@ -30,24 +33,34 @@ def read(file: Path) -> Any:
         raise RecipeError(
             f"{file}: expected keys such as model: and data:, found {'nothing' if node is None else 'no mapping'}"
         )
-    if twice := [f"{file}:{line}: {key} is written twice; keep one" for key, line in _twice(node)]:
-        raise RecipeError(*twice)
+    if wrong := [f"{file}:{line}: {text}" for line, text in _wrong(node, "", set())]:
+        raise RecipeError(*wrong)
     return node
 
 
-def _twice(node: Any, path: str = "") -> Iterator[tuple[str, int]]:
+def _wrong(node: Any, path: str, seen: set[int]) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) for every key written twice, key that is no word, and tag that asks for more than data."""
     import yaml
 
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in PLAIN:
+        yield node.start_mark.line + 1, f"{path or 'the file'} has the tag {node.tag}: recipes are data; remove it"
     if isinstance(node, yaml.MappingNode):
-        seen = set()
+        keys = set()
         for key, value in node.value:
-            if key.value in seen:
-                yield f"{path}{key.value}", key.start_mark.line + 1
-            seen.add(key.value)
-            yield from _twice(value, f"{path}{key.value}.")
+            if not isinstance(key, yaml.ScalarNode):
+                yield key.start_mark.line + 1, f"a {key.id} is a key in {path or 'the file'}; keys are words, rename it"
+                continue
+            name = f"{path}.{key.value}" if path else key.value
+            if key.value in keys:
+                yield key.start_mark.line + 1, f"{name} is written twice; keep one"
+            keys.add(key.value)
+            yield from _wrong(value, name, seen)
     elif isinstance(node, yaml.SequenceNode):
-        for entry in node.value:
-            yield from _twice(entry, path)
+        for index, entry in enumerate(node.value):
+            yield from _wrong(entry, f"{path}[{index}]", seen)
 
 
 def parts(stage: str, file: Path, picks: list[str]) -> list[tuple[Path, str]]:
@@ -57,10 +70,9 @@ def parts(stage: str, file: Path, picks: list[str]) -> list[tuple[Path, str]]:
     Raises RecipeError with everything in them that cannot be read.
     """
     lines: list[str] = []
-    found = list(_parts(stage, file, lines, set()))
-    for pick in picks:
-        group, _, name = pick.partition("=")
-        found.append((places.group_files(group)[name], group))
+    picked = {group: places.group_files(group)[name] for group, _, name in (pick.partition("=") for pick in picks)}
+    found = [part for part in _parts(stage, file, lines, ()) if part[1] not in picked]
+    found += [(part, group) for group, part in picked.items()]
     for part, group in found:
         if group:
             try:
@@ -72,34 +84,52 @@ def parts(stage: str, file: Path, picks: list[str]) -> list[tuple[Path, str]]:
     return list(dict.fromkeys(found))
 
 
-def _parts(stage: str, file: Path, lines: list[str], seen: set[Path]) -> Iterator[tuple[Path, str]]:
+def _parts(stage: str, file: Path, lines: list[str], above: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
+    """The file, then what it builds on, what wins first: later entries of `defaults` before earlier ones."""
     import yaml
 
-    seen.add(file.resolve())
     yield file, ""
     try:
         node = read(file)
     except RecipeError as error:
         lines += error.lines
         return
+    above = (*above, file.resolve())
     for key, value in node.value:
         if key.value in GROUPS and isinstance(value, yaml.ScalarNode):
             yield from _group_file(key.value, value.value)
-        if key.value != "defaults" or not isinstance(value, yaml.SequenceNode):
+        if key.value != "defaults":
+            continue
+        where = f"{file}:{key.start_mark.line + 1}"
+        if not isinstance(value, yaml.SequenceNode) or not all(map(_is_default, value.value)):
+            lines.append(f"{where}: defaults must be a list such as [/zero: zero3, zephyr, _self_]")
             continue
         if "_self_" not in [entry.value for entry in value.value]:
             lines.append(
-                f"{file}:{key.start_mark.line + 1}: defaults lacks _self_, so the groups would win over this file; "
-                "add _self_ as the last entry"
+                f"{where}: defaults lacks _self_, so the groups would win over this file; add _self_ as the last entry"
             )
-        for entry in value.value:
+        for entry in reversed(value.value):
             if isinstance(entry, yaml.MappingNode):
                 for group, chosen in entry.value:
                     yield from _group_file(group.value.removeprefix("override ").strip().lstrip("/"), chosen.value)
-            elif isinstance(entry.value, str) and entry.value != "_self_":
+            elif entry.value != "_self_":
                 inherited = _inherited(stage, file, entry.value)
-                if inherited is not None and inherited.resolve() not in seen:
-                    yield from _parts(stage, inherited, lines, seen)
+                if inherited is not None and inherited.resolve() in above:
+                    lines.append(
+                        f"{where}: defaults names '{entry.value}', which is {inherited} and builds on this file itself; "
+                        "take it out, or rename one of the two"
+                    )
+                elif inherited is not None:
+                    yield from _parts(stage, inherited, lines, above)
+
+
+def _is_default(entry: Any) -> bool:
+    """Whether an entry of `defaults` is a recipe's name or `/group: name`."""
+    import yaml
+
+    if isinstance(entry, yaml.MappingNode):
+        return len(entry.value) == 1 and isinstance(entry.value[0][1], yaml.ScalarNode)
+    return isinstance(entry, yaml.ScalarNode) and entry.tag == "tag:yaml.org,2002:str"
 
 
 def _group_file(group: str, name: Any) -> Iterator[tuple[Path, str]]:
@@ -115,12 +145,20 @@ def _inherited(stage: str, file: Path, name: str) -> Path | None:
     return next((found for folder in folders if (found := folder / f"{plain}.yaml").is_file()), None)
 
 
-def line_of(file: Path, path: list[str]) -> int | None:
-    """The line (1-based) on which a dotted key stands in a file."""
+def line_of(file: Path, path: list[str | int]) -> int | None:
+    """The line (1-based) on which a key, or an entry of a list, stands in a file."""
     import yaml
 
     node, line = read(file), None
     for part in path:
+        if isinstance(part, int):
+            if not isinstance(node, yaml.SequenceNode):
+                continue  # a single source is written without a list
+            if part >= len(node.value):
+                return None
+            node = node.value[part]
+            line = node.start_mark.line + 1
+            continue
         if not isinstance(node, yaml.MappingNode):
             return None
         pair = next(((key, value) for key, value in node.value if key.value == part), None)

@@ -210,11 +210,10 @@ class PpoRecipe(OnlineRecipe):
 
     def rules(self) -> Iterator[tuple[str, str]]:
         yield from OnlineRecipe.rules(self)
-        if self.lora is not None:
-            yield (
-                "lora",
-                "is not for ppo, which trains policy and value in full; remove it, or run `align rloo`",
-            )
+        if self.lora is not None and len(self.reward) > 1:
+            yield "reward", f"names {len(self.reward)} models, but one backbone plays one; keep one, or remove lora"
+        if self.lora is not None and self.reference is not None:
+            yield "reference", "is the backbone with its adapters off under lora; remove it, or remove lora"
 
 
 @section

@@ -99,7 +99,9 @@ def _as_sources_or_fraction(value: Any) -> Any:
 
 
 Sources = Annotated[
-    list[Source], BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source])
+    list[Source],
+    Field(min_length=1),
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
 ]
 EvalSources = Annotated[
     float | list[Source] | None,

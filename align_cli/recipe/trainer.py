@@ -7,7 +7,6 @@ answer is for the installed version by construction.
 from __future__ import annotations
 
 import ast
-import math
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -222,8 +221,6 @@ def problems(stage: str, block: dict[str, Any]) -> list[tuple[str, str]]:
             }
             near = moved.get(key) or did_you_mean(key, [name for name in known if not owner(stage, name)[0]])
             found.append((place, f"unknown key{near or f'; {CONFIGS[stage][1]} has no such field'}"))
-        elif isinstance(value, float) and not math.isfinite(value):
-            found.append((place, f"is {value}; give a finite number"))
         elif wrong := _wrong_type(key, value, known[key].annotation):
             found.append((place, wrong))
     return found

@@ -23,7 +23,7 @@ from align_cli.recipe.sections import Data, Launch, Model, OtherModel, Samples
 from align_cli.run import batch, devices, manifest
 from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import footprint
-from align_cli.run.upstream import policy_problems, recipe_of, reward_problems, stage_of_run
+from align_cli.run.upstream import backbone_problems, policy_problems, recipe_of, reward_problems, stage_of_run
 
 NEEDS = {"sft": "demonstrations", "rm": "preferences", "ppo": "prompts", "rloo": "prompts", "dpo": "preferences"}
 """What each stage asks of its rows."""
@@ -129,6 +129,9 @@ def _look_at_models(plan: Plan, lines: list[str], starting: bool) -> None:
         lines += templates.problems(model.path, model.chat_template)
     for role, path in reward_models(tree):
         lines += reward_problems(role, path, starting, plan.todo)
+    if plan.composed.stage == "ppo" and tree.get("lora") and model is not None:
+        for role, path in reward_models(tree):
+            lines += backbone_problems(role, path, model.path) if not role.startswith("gold") else []
     for role in OTHERS:
         other = _section(OtherModel, tree.get(role))
         if other is not None:

@@ -57,6 +57,23 @@ def reward_problems(key: str, path: str, starting: bool, todo: list[str]) -> lis
     return [f"{key}: {path} {said}; name a finished `align rm` run, such as ${{stage:rm}}"]
 
 
+def backbone_problems(key: str, run: str, base: str) -> list[str]:
+    """Why a reward model cannot share the backbone `base`."""
+    held = kind.look(run)
+    if held.kind == "missing":
+        return []  # said elsewhere, or still to be made
+    if held.kind != "adapter" or not held.reward:
+        return [
+            f"{key}: {run} is no adapter, so it cannot share the policy's backbone; train it with lora: on {base}, or "
+            "remove lora here"
+        ]
+    if held.base != base and kind.fingerprint(held.base or "") != (kind.fingerprint(base) or "none"):
+        return [
+            f"{key}: {run} is an adapter on {held.base}, not on {base}; name the model it was made on, or remove lora"
+        ]
+    return []
+
+
 def _to_be_made(key: str, path: str, stage: str, starting: bool, todo: list[str]) -> list[str]:
     """Why a run that is not there cannot be made, or has to be made first."""
     named = recipe_of(stage, path)

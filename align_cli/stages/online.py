@@ -66,15 +66,16 @@ def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list
     return Dataset.from_list(rows), groups.counts
 
 
-def rewards(job: Job, prepare: Any) -> tuple[list[Reward], Reward | None]:
-    """The recipe's rewards, and its gold reward if it names one. `prepare(model)` shards or places a frozen model."""
+def rewards(job: Job, prepare: Any, shared: Any = None) -> tuple[list[Reward], Reward | None]:
+    """The recipe's rewards, and its gold reward if it names one. `prepare(model)` shards or places a frozen model;
+    `shared` is the scorer of a backbone that plays the reward model itself."""
     recipe: OnlineRecipe = job.recipe
     found = []
     for source in recipe.reward:
         scale = kind.manifest(source.path).get("reward", {}) if source.normalize else {}
         found.append(
             Reward(
-                scorer(job, Model(path=source.path, chat_template=source.chat_template), prepare),
+                shared or scorer(job, Model(path=source.path, chat_template=source.chat_template), prepare),
                 weight=source.weight,
                 aggregate=source.aggregate,
                 k=source.k,
@@ -91,6 +92,15 @@ def scorer(job: Job, named: Model, prepare: Any) -> Any:
     """(prompts, texts) -> (b, h) scores of the named reward model, through its own tokenizer and template."""
     tokenizer = load.tokenizer(named)
     model = prepare(reward.load_run(named.path, tokenizer, "bfloat16" if torch.cuda.is_available() else "float32"))
+
+    def at_ends(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**inputs)
+
+    return text_scorer(job, tokenizer, at_ends)
+
+
+def text_scorer(job: Job, tokenizer: Any, at_ends: Any) -> Any:
+    """(prompts, texts) -> (b, h) scores; `at_ends` gives the (n, 1, h) scores of a packed micro-batch."""
     max_length = job.recipe.data.max_length
 
     @torch.no_grad()
@@ -106,7 +116,7 @@ def scorer(job: Job, named: Model, prepare: Any) -> Any:
         found: dict[int, torch.Tensor] = {}
         for part in _even(parts, job.ranks, device):
             packed = layout.separate([rows[at] for at in part], tokenizer.pad_token_id, device)
-            for at, values in zip(part, packed.regroup(model(**packed.inputs)), strict=True):
+            for at, values in zip(part, packed.regroup(at_ends(packed.inputs)), strict=True):
                 found[at] = values[0].float()
         return torch.stack([found[at] for at in range(len(rows))])
 

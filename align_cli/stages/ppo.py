@@ -16,11 +16,13 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from align_cli.data import chat
 from align_cli.data.groups import read_groups
-from align_cli.methods.ppo import Critic, PPOConfig, PPOTrainer, Settings
+from align_cli.methods.ppo import Critic, PPOConfig, PPOTrainer, Settings, SharedCritic, ValueHead
 from align_cli.methods.returns import KLController
 from align_cli.model import load, reward
 from align_cli.model.load import set_ends
-from align_cli.recipe.sections import Data
+from align_cli.model.lora import peft_config
+from align_cli.model.shared import POLICY, REWARD, VALUE, SharedBackbone
+from align_cli.recipe.sections import Data, Model
 from align_cli.stages import online, training
 from align_cli.stages.job import Job, Outcome
 
@@ -33,19 +35,18 @@ def run(job: Job) -> Outcome:
     rows, counts = online.prompts(job, tokenizer)
     policy = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base)
     set_ends(policy, chat.generation_ends(tokenizer))
-    value = _value_model(job, tokenizer)
-    for model in (policy, value):
-        disable_dropout_in_model(model)
-    critic = Critic(policy, value)
+    disable_dropout_in_model(policy)
+    backbone = _backbone(job, policy, args) if recipe.lora else None
+    critic = SharedCritic(backbone) if backbone else Critic(policy, _value_model(job, tokenizer))
     trainer = PPOTrainer(
-        model=policy,
+        model=backbone.model if backbone else policy,
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
         reward_funcs=[lambda **kwargs: None],  # ours take their place in `_calculate_rewards`
     )
-
-    rewards, gold = online.rewards(job, online.placing(trainer))
+    shared = _shared_scorer(job, backbone) if backbone else None
+    rewards, gold = online.rewards(job, online.placing(trainer), shared)
     trainer.prepare_rollouts(
         rewards=rewards,
         sampler=online.sampler(job),
@@ -55,7 +56,7 @@ def run(job: Job) -> Outcome:
     )
     trainer.prepare_ppo(
         critic=critic,
-        reference=online.reference(job, tokenizer, trainer, args.temperature),
+        reference=None if backbone else online.reference(job, tokenizer, trainer, args.temperature),
         controller=KLController(method.beta, method.target_kl, method.horizon),
         settings=Settings(
             gamma=method.gamma,
@@ -68,7 +69,33 @@ def run(job: Job) -> Outcome:
         ),
         ptx=_ptx(job, tokenizer, trainer) if method.ptx else None,
     )
+    if backbone:
+        trainer.add_callback(ValueHead(backbone))
     return online.run_to_end(trainer, tokenizer, job, counts, lambda: _save(trainer, tokenizer, job))
+
+
+def _backbone(job: Job, base: Any, args: PPOConfig) -> SharedBackbone:
+    """Policy, reference, value function and reward model as adapters of one frozen model."""
+    recipe = job.recipe
+    path = recipe.reward[0].path
+    backbone = SharedBackbone(
+        base, peft_config(recipe.lora), reward=path, value=recipe.value.path if recipe.value else path
+    )
+    if args.gradient_checkpointing:
+        backbone.model.enable_input_require_grads()
+    return backbone
+
+
+def _shared_scorer(job: Job, backbone: SharedBackbone) -> Any:
+    """Scores of the reward adapter at the responses' ends."""
+    tokenizer = load.tokenizer(Model(path=job.recipe.reward[0].path, chat_template=job.recipe.reward[0].chat_template))
+
+    def at_ends(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with backbone.role(REWARD):
+            scores = backbone.scores(REWARD, inputs["input_ids"], inputs["attention_mask"])
+        return scores.gather(1, inputs["ends"].unsqueeze(2).expand(-1, -1, scores.shape[2]))
+
+    return online.text_scorer(job, tokenizer, at_ends)
 
 
 def _value_model(job: Job, tokenizer: Any) -> Any:
@@ -100,12 +127,28 @@ def _ptx(job: Job, tokenizer: Any, trainer: PPOTrainer) -> Iterator[dict[str, to
 
 def _save(trainer: PPOTrainer, tokenizer: Any, job: Job) -> None:
     """The policy at the run's root, the value function in `value/`."""
+    critic = trainer.critic
+    if isinstance(critic, SharedCritic):
+        backbone, own = critic.backbone, {}
+        head = backbone.model.get_submodule(f"{VALUE}_head")
+        with reward.whole(*backbone.trained, *head.parameters()):
+            if job.main:
+                backbone.save_value(job.run.path / "value", job.base)
+                tokenizer.save_pretrained(job.run.path / "value")
+                own = {
+                    name: tensor.detach().cpu().clone()
+                    for name, tensor in backbone.model.named_parameters()
+                    if f".{POLICY}." in name
+                }
+        backbone.policy_only()
+        training.finish(trainer, tokenizer, job, state_dict=own)
+        return
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
     policy = trainer.accelerator.unwrap_model(trainer.model)
     prefix = f"{Critic.PART}."
     if job.main:
         value = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        trainer.critic.value_model.save_pretrained(job.run.path / "value", state_dict=value)
+        critic.value_model.save_pretrained(job.run.path / "value", state_dict=value)
         tokenizer.save_pretrained(job.run.path / "value")
     own = {key: tensor for key, tensor in (state or {}).items() if not key.startswith(prefix)}
     delattr(policy, Critic.PART)

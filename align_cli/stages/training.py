@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align_cli.data import chat
@@ -77,6 +77,8 @@ def arguments(cls: type[TrainingArguments], job: Job, **own: Any) -> Any:
             import deepspeed
 
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    # adapters that are drawn before a trainer exists must be the same on every rank and every time
+    set_seed(recipe.seed)
     return args
 
 

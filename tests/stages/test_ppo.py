@@ -180,3 +180,168 @@ def test_samples_and_rows_are_counted(folder):
     assert "1 prompt over 84 tokens" in said
     (row,) = [json.loads(line) for line in (folder / "runs/long/ppo/samples.jsonl").read_text().splitlines()]
     assert {"prompt", "before", "after"} <= set(row)
+
+
+# --- one backbone -------------------------------------------------------------------------------------------------
+
+LORA = ["lora.r=4", "lora.alpha=8", "model.dtype=float32", "trainer.learning_rate=3e-3"]
+
+
+@pytest.fixture(scope="module")
+def adapters(folder):
+    """A reward model that is an adapter on the policy's own weights, and PPO on one backbone with it."""
+    project.ok("rm", "recipe=t.yaml", "name=lora", *LORA, cwd=folder)
+    project.ok("ppo", "recipe=t.yaml", "name=lora", "reward.path=runs/lora/rm", *LORA, cwd=folder)
+    return folder / "runs/lora/ppo"
+
+
+def test_one_backbone_scores_what_the_reward_model_scores(adapters, folder):
+    """The first rollout's rewards, scored again by the reward model itself."""
+    from align_cli.model import load, reward
+    from align_cli.model.lora import peft_config
+    from align_cli.model.shared import REWARD, SharedBackbone
+    from align_cli.recipe.sections import Lora, Model
+
+    named = Model(path=str(folder / "models/tiny"))
+    tokenizer = load.tokenizer(named)
+    run = folder / "runs/lora/rm"
+    config = json.loads((run / "adapter_config.json").read_text())
+    base = str(folder / config["base_model_name_or_path"])
+    alone = reward.load(named, tokenizer, dtype="float32", path=base, heads=1)
+    from peft import PeftModel
+
+    alone = PeftModel.from_pretrained(alone, run).eval()
+    policy = load.policy(named, tokenizer, dtype="float32")
+    shared = SharedBackbone(policy, peft_config(Lora(r=4)), reward=str(run), value=str(run))
+    ids = tokenizer("name colours 3 red gold blue", return_tensors="pt")["input_ids"]
+    seen, last = torch.ones_like(ids), torch.tensor([[ids.shape[1] - 1]])
+    with torch.no_grad(), shared.role(REWARD):
+        found = shared.scores(REWARD, ids, seen)[0, -1, 0]
+    assert found.item() == pytest.approx(alone(input_ids=ids, attention_mask=seen, ends=last).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_both_adapters_get_their_own_gradient(adapters, folder, checkpointing):
+    """PEFT's two silent traps: one backward for both trains one, and checkpointed blocks run under another adapter."""
+    from align_cli.model import load
+    from align_cli.model.lora import peft_config
+    from align_cli.model.shared import POLICY, VALUE, SharedBackbone
+    from align_cli.recipe.sections import Lora, Model
+
+    named = Model(path=str(folder / "models/tiny"))
+    tokenizer = load.tokenizer(named)
+    run = str(folder / "runs/lora/rm")
+
+    def gradients(checkpointed):
+        torch.manual_seed(0)
+        shared = SharedBackbone(
+            load.policy(named, tokenizer, dtype="float32"), peft_config(Lora(r=4)), reward=run, value=run
+        )
+        for name, parameter in shared.model.named_parameters():
+            if f"lora_B.{POLICY}" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        if checkpointed:
+            shared.model.gradient_checkpointing_enable()
+            shared.model.enable_input_require_grads()
+        shared.model.train()
+        ids = tokenizer("name colours 3 red gold blue", return_tensors="pt")["input_ids"]
+        shared.model(input_ids=ids, labels=ids).loss.backward()
+        with shared.role(VALUE):
+            shared.scores(VALUE, ids, torch.ones_like(ids)).square().mean().backward()
+        found = {name: p.grad for name, p in shared.model.named_parameters() if p.grad is not None}
+        assert {role for role in (POLICY, VALUE, "reward") if any(f".{role}." in name for name in found)} == {
+            POLICY,
+            VALUE,
+        }
+        return {role: sum(g.norm() for name, g in found.items() if f".{role}." in name) for role in (POLICY, VALUE)}
+
+    def alone(role):
+        """The same gradient from a model that holds nothing but that adapter's loss."""
+        torch.manual_seed(0)
+        shared = SharedBackbone(
+            load.policy(named, tokenizer, dtype="float32"), peft_config(Lora(r=4)), reward=run, value=run
+        )
+        for name, parameter in shared.model.named_parameters():
+            if f"lora_B.{POLICY}" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        ids = tokenizer("name colours 3 red gold blue", return_tensors="pt")["input_ids"]
+        if role == POLICY:
+            shared.model(input_ids=ids, labels=ids).loss.backward()
+        else:
+            with shared.role(VALUE):
+                shared.scores(VALUE, ids, torch.ones_like(ids)).square().mean().backward()
+        grads = {name: p.grad for name, p in shared.model.named_parameters() if p.grad is not None}
+        return sum(g.norm() for name, g in grads.items() if f".{role}." in name)
+
+    both = gradients(checkpointing)
+    for role in (POLICY, VALUE):
+        assert both[role].item() == pytest.approx(alone(role).item(), rel=1e-5), role
+        assert both[role] > 0
+
+
+def test_policy_and_value_are_adapters_that_plain_libraries_read(adapters, folder, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    monkeypatch.chdir(folder)
+    policy = project.weights(adapters)
+    assert all("lora_" in name and "value" not in name and "reward" not in name for name in policy)
+    assert any(tensor.abs().max() > 0 for name, tensor in policy.items() if "lora_B" in name)
+    AutoModelForCausalLM.from_pretrained(adapters)
+    value, start = project.weights(adapters / "value"), project.weights(folder / "runs/lora/rm")
+    assert set(value) == set(start)
+    assert all(not torch.equal(value[name], start[name]) for name in start if "lora_B" in name or "score" in name)
+    AutoModelForSequenceClassification.from_pretrained(adapters / "value", num_labels=1)
+
+
+def test_the_reference_is_the_backbone_with_its_adapters_off(adapters):
+    rows = [row["kl"] for row in project.metrics(adapters) if "kl" in row]
+    assert rows[0] == pytest.approx(0.0, abs=1e-4) and rows[-1] > 1e-3
+
+
+@pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
+def test_two_ranks_are_one_process_on_one_backbone(adapters, folder, zero):
+    settings = ["reward.path=runs/lora/rm", *LORA, "trainer.max_steps=4"]
+    one = folder / "runs/lora-one/ppo"
+    if not (one / "manifest.json").is_file():
+        project.ok("ppo", "recipe=t.yaml", "name=lora-one", *settings, cwd=folder)
+    project.ok(
+        *("ppo", "recipe=t.yaml", f"name=lora-{zero}", *settings, "launch.num_gpus=2", f"zero={zero}"),
+        "trainer.per_device_train_batch_size=4",
+        cwd=folder,
+    )
+    two = folder / f"runs/lora-{zero}/ppo"
+    for name in ("reward", "kl", "loss", "value_loss"):
+        expected, found = ([row[name] for row in project.metrics(run) if name in row] for run in (one, two))
+        assert found == pytest.approx(expected, rel=2e-3, abs=2e-4), name
+    for place in ("", "value"):
+        expected = project.weights(one / place)
+        for name, tensor in project.weights(two / place).items():
+            assert torch.allclose(tensor, expected[name], atol=2e-3), name
+
+
+def test_a_killed_run_on_one_backbone_ends_the_same(adapters, folder):
+    settings = ["reward.path=runs/lora/rm", *LORA, "trainer.save_steps=4", "trainer.max_steps=16"]
+    project.ok("ppo", "recipe=t.yaml", "name=lora-calm", *settings, cwd=folder)
+    process = project.start("ppo", "recipe=t.yaml", "name=lora-killed", *settings, cwd=folder)
+    run = folder / "runs/lora-killed/ppo"
+    until = time.monotonic() + 180
+    while not list(run.glob("checkpoints/checkpoint-*/complete")) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "resuming from step" in project.ok("ppo", "recipe=t.yaml", "name=lora-killed", *settings, cwd=folder)
+    for place in ("", "value"):
+        calm = project.weights(folder / "runs/lora-calm/ppo" / place)
+        assert all(torch.equal(tensor, calm[name]) for name, tensor in project.weights(run / place).items()), place
+
+
+def test_a_reward_model_on_another_base_cannot_share(adapters, folder):
+    done = project.align("ppo", "recipe=t.yaml", "name=bad", *LORA, cwd=folder)
+    assert done.returncode == 2 and "is no adapter, so it cannot share" in done.stderr
+    import tiny
+
+    tiny.model(folder / "models/other", seed=5)
+    words = ["reward.path=runs/lora/rm", "model.path=models/other", *LORA]
+    done = project.align("ppo", "recipe=t.yaml", "name=bad", *words, cwd=folder)
+    assert done.returncode == 2 and "is an adapter on models/tiny, not on models/other" in done.stderr
