@@ -219,4 +219,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # the run is over and written; threads that libraries left behind would abort the interpreter's own way out
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

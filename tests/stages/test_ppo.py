@@ -91,8 +91,20 @@ def test_the_manifest_names_its_parents(run):
     assert roles == {"policy": "models/tiny", "reward": "runs/t/rm"}
 
 
-@pytest.mark.parametrize("stage", ["ppo", "rloo"])
-@pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [
+        ("ppo", "zero2"),
+        ("ppo", "zero3"),
+        ("rloo", "zero3"),
+        pytest.param("ppo", "none", marks=SLOW),
+        pytest.param("rloo", "none", marks=SLOW),
+        pytest.param("rloo", "zero2", marks=SLOW),
+    ],
+)
 def test_two_ranks_are_one_process(folder, stage, zero):
     one = folder / f"runs/one/{stage}"
     if not (one / "manifest.json").is_file():
@@ -298,7 +310,7 @@ def test_the_reference_is_the_backbone_with_its_adapters_off(adapters):
     assert rows[0] == pytest.approx(0.0, abs=1e-4) and rows[-1] > 1e-3
 
 
-@pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", [pytest.param("none", marks=SLOW), "zero2", pytest.param("zero3", marks=SLOW)])
 def test_two_ranks_are_one_process_on_one_backbone(adapters, folder, zero):
     settings = ["reward.path=runs/lora/rm", *LORA, "trainer.max_steps=4"]
     one = folder / "runs/lora-one/ppo"

@@ -109,7 +109,7 @@ def test_how_a_step_is_cut_does_not_change_it(folder):
     assert two == pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", [pytest.param("none", marks=pytest.mark.slow), "zero2", "zero3"])
 def test_two_ranks_are_one_process(folder, zero):
     if not (folder / "runs/one/rm/manifest.json").is_file():
         project.ok("rm", "recipe=t.yaml", "name=one", "method.batch_tokens=256", cwd=folder)
@@ -144,7 +144,12 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(folder):
     assert all(torch.equal(tensor, calm[name]) for name, tensor in project.weights(run).items())
 
 
-@pytest.mark.parametrize("loss", ["pairwise", "plackett-luce", "best-of-k"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "loss", [pytest.param("pairwise", marks=SLOW), "plackett-luce", pytest.param("best-of-k", marks=SLOW)]
+)
 def test_every_loss_learns(folder, loss):
     recipe(folder, loss, f"loss: {loss}", steps=40)
     project.ok("rm", f"recipe={loss}.yaml", f"name={loss}", cwd=folder)
