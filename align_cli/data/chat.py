@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align_cli.data.groups import Group, Message, preference_pairs
+from align_cli.data.turns import Dropped
 
 IGNORED = -100
 """Label of a token that is not trained."""
@@ -42,17 +43,24 @@ class Turns:
 
 @dataclass
 class Tally:
-    """What became of groups on the way to tokens: by source, reason -> n, with the first example of each."""
+    """What became of groups on the way to tokens; what is dropped is entered into the counts of its source, too."""
 
     rows: int = 0
-    dropped: dict[str, Counter] = field(default_factory=dict)
     truncated: int = 0
-    first: dict[tuple[str, str], str] = field(default_factory=dict)
+    dropped: Counter = field(default_factory=Counter)
+    """Reason -> groups."""
+    first: dict[str, str] = field(default_factory=dict)
+    """Reason -> place of the first such group."""
+    lost: set[tuple[int, str]] = field(default_factory=set, repr=False)
 
     def drop(self, group: Group, reason: str) -> None:
-        source = group.place.rsplit(":", 1)[0].split("#")[0]
-        self.dropped.setdefault(source, Counter())[reason] += 1
-        self.first.setdefault((source, reason), group.place)
+        """Count a group as dropped, and its row, once, however often the source's weight repeats it."""
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, group.place)
+        row = (id(group.count), group.place)
+        if group.count is not None and row not in self.lost:
+            self.lost.add(row)
+            group.count.lose(group.place, Dropped(reason, group.prompt[-1]["content"]))
 
 
 def render(tokenizer: Any, messages: list[Message], *, prompt: bool = False) -> str:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from align_cli.data import turns
+from align_cli.data.count import Count
 from align_cli.data.turns import QUESTIONS, Broken, Dropped, Empty, Message
 from align_cli.errors import did_you_mean
 from align_cli.recipe.sections import Source
@@ -36,6 +37,8 @@ class Group:
     """`data/pairs.jsonl:17`, `data/pairs.parquet#17`."""
     probability: float | None = None
     """A soft label: how probable it is that the first of two responses is the better one, 0.5 to 1."""
+    count: Count | None = field(default=None, compare=False, repr=False)
+    """Of its source's rows; a group that is dropped on the way to tokens is entered there."""
 
 
 WANTS: dict[str, tuple[str, ...]] = {
@@ -55,9 +58,6 @@ WANTS: dict[str, tuple[str, ...]] = {
 SCORED_PAIR = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 """Columns of `scored` in its other shape, which only a source that names the format has: published preference files
 carry such columns from all kinds of raters."""
-TEXTS = ("prompt", "completion", "chosen", "rejected", "responses")
-"""Columns that hold strings or messages, but one of the two in all rows: a mixture comes from a broken conversion."""
-KINDS = {turns.STRING, turns.MESSAGES}
 
 SERVES: dict[Need, tuple[str, ...]] = {
     "demonstrations": (
@@ -97,16 +97,21 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
         )
     if serving:
         return serving[0]
-    if found := [name for name in found if any(column in columns for column in WANTS[name])]:
-        has = ", ".join(column for column in WANTS[found[0]] if column in columns)
+    has = ", ".join(columns) or "(none)"
+    if any(column in columns for name in found for column in WANTS[name]):
         raise Broken(
             f"has {has}, but {need} need {NEEDS[need]}; name another file or rename its columns with `columns`"
         )
     nearest = max(SERVES[need], key=lambda name: _share(name, columns))
+    if not _share(nearest, columns) and not any(did_you_mean(column, list(columns)) for column in WANTS[nearest]):
+        raise Broken(
+            f"no format has the columns {has}; {need} need {NEEDS[need]};"
+            f" rename with `columns: {{{NEEDS[need].split()[0].strip(',')}: their_name}}`"
+        )
     missing = [column for column in WANTS[nearest] if column not in columns]
     guess = next((hint for column in missing if (hint := did_you_mean(column, list(columns)))), "")
     raise Broken(
-        f"no format has the columns {', '.join(columns) or '(none)'}; the nearest, {nearest}, wants"
+        f"no format has the columns {has}; the nearest, {nearest}, wants"
         f" {', '.join(WANTS[nearest])}{guess.rstrip('?')}; rename with"
         f" `columns: {{{(missing or WANTS[nearest])[0]}: their_name}}`"
     )
@@ -263,28 +268,3 @@ def _prompt_alone(row: Row, name: str) -> list[Message]:
             return turns.alpaca_prompt(row)
     column = next((column for column in QUESTIONS if row.get(column) is not None), "prompt")
     return turns.said(turns.cell(row, column), f"'{column}'", "user")
-
-
-def text_columns(name: str, need: Need) -> tuple[str, ...]:
-    """The columns of a format that hold strings or messages, one of the two in every row."""
-    if need == "prompts":
-        return ("prompt",)
-    wants = {"hh": WANTS["preference"], "scored": (*WANTS["preference"], "responses")}.get(name, WANTS[name])
-    return tuple(column for column in wants if column in TEXTS)
-
-
-def note_kinds(row: Row, place: str, columns: tuple[str, ...], seen: dict[str, tuple[str, str]]) -> None:
-    """Notes in `seen` where a column first held strings or messages. Raises Broken where a row holds the other."""
-    kinds = {column: turns.kind(row.get(column)) for column in columns}
-    if isinstance(row.get("responses"), list) and "responses" in kinds:
-        held = {turns.kind(item) for item in row["responses"]}
-        if len(held & KINDS) > 1:
-            raise Broken("'responses' mixes strings and lists of messages; write all of them in one way")
-        kinds["responses"] = next(iter(held & KINDS), "")
-    pair = {kinds.get("chosen", ""), kinds.get("rejected", "")}
-    if pair == KINDS:
-        raise Broken(f"'chosen' is {kinds['chosen']}, 'rejected' {kinds['rejected']}; write both in one way")
-    for column, what in kinds.items():
-        first, where = seen.setdefault(column, (what, place)) if what in KINDS else (what, place)
-        if first != what:
-            raise Broken(f"'{column}' holds {what} here, but {first} at {where}; write all rows in one way")

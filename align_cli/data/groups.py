@@ -7,12 +7,13 @@ example. Rows used are counted before the split and the weights, so a weight of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
-from align_cli.data.format import Group, Need, note_kinds, recognise, text_columns, to_group
+from align_cli.data.count import Count
+from align_cli.data.format import Group, Need, recognise, to_group
+from align_cli.data.kinds import note_kinds, text_columns
 from align_cli.data.load import Report, fingerprint, is_local, read_rows, refuse
 from align_cli.data.split import canonical, content, hashed, interleaved, preference_pairs, share, smallest, weighted
 from align_cli.data.turns import Broken, Dropped, Message
@@ -31,52 +32,6 @@ STREAMED_EVAL = 512
 PAIRINGS = ("best-worst", "adjacent", "all")
 CHECKED = 64 << 20
 """Bytes of a file that `align check` reads."""
-
-
-@dataclass
-class Count:
-    """What became of a source's rows."""
-
-    source: str
-    rows_read: int = 0
-    rows_used: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> rows."""
-    first: dict[str, str] = field(default_factory=dict)
-    """Reason -> `place: excerpt` of the first such row."""
-    format: str = ""
-    fingerprint: str = ""
-    repeated: int = 0
-    """Responses left out of rows that are used, since they repeat a better one of the same row."""
-    partial: bool = False
-    """Whether only the first part of the source was read."""
-    pairs: dict[str, int] = field(default_factory=dict)
-    """Pairs that the rows used give, by `method.pairs`; for preferences."""
-
-    def elements(self, how: str) -> int:
-        """What a trainer counts as rows: pairs, for preferences."""
-        return self.pairs.get(how, self.rows_used)
-
-    def lines(self) -> list[str]:
-        """A line for the screen, and one for every reason to drop."""
-        dropped, part = sum(self.dropped.values()), ", first part only" if self.partial else ""
-        head = f"{self.source} ({self.format}{part}): {self.rows_read} rows read, {self.rows_used} used"
-        reasons = sorted(self.dropped.items(), key=lambda item: -item[1])
-        lines = [f"  {rows} {reason}, first at {self.first[reason]}" for reason, rows in reasons]
-        if self.repeated:
-            lines.append(f"  {self.repeated} repeated responses left out of rows that are used")
-        return [f"{head}, {dropped} dropped", *lines]
-
-    def as_manifest(self) -> dict[str, Any]:
-        """The entry of manifest.json's `data`."""
-        kept = {key: getattr(self, key) for key in ("source", "rows_read", "rows_used", "dropped", "fingerprint")}
-        return kept | {"format": self.format} | ({"repeated_responses": self.repeated} if self.repeated else {})
-
-    def drop(self, place: str, dropped: Dropped) -> None:
-        text = " ".join(dropped.example.split())
-        excerpt = f"{place}: {text[:60]}…" if len(text) > 60 else f"{place}: {text}"
-        self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1
-        self.first.setdefault(dropped.reason, excerpt.removesuffix(": "))
 
 
 @dataclass
@@ -108,9 +63,9 @@ class Problems:
 
 def read_groups(data: Data, need: Need, seed: int) -> Groups:
     """All groups in memory, split and weighted. Raises DataError with every problem of every source."""
-    lines, counts = _fraction_lines(data), []
-    train = [_read_source(source, data, need, lines, counts) for source in data.train]
-    evals = [_read_source(source, data, need, lines, counts) for source in _eval_sources(data)]
+    lines, counts = _fraction_lines(data), _counts(data)
+    train = [_read_source(*of, data, need, lines) for of in zip(data.train, counts, strict=False)]
+    evals = [_read_source(*of, data, need, lines) for of in zip(_eval_sources(data), counts[len(train) :], strict=True)]
     raise_all(DataError, lines)
 
     held_out: list[Group] = []
@@ -130,26 +85,30 @@ def read_groups(data: Data, need: Need, seed: int) -> Groups:
 
 
 def stream_groups(data: Data, need: Need, seed: int, counts: list[Count]) -> Iterator[Group]:
-    """One epoch of training groups, one row in memory at a time; adds a Count a source to `counts` and fills it.
+    """One epoch of training groups, one row in memory at a time; puts a Count a source before `counts` and fills it.
 
     Sources are interleaved in proportion to their weights; a weight of 2.5 reads a source three times, the last time
     the half of its rows. Raises DataError at the first broken row, and at the end of a source that dropped too many.
     """
     raise_all(DataError, _fraction_lines(data))
     held_out = data.eval if isinstance(data.eval, float) else 0.0
-    opened = [Count(source.path, fingerprint=fingerprint(source)) for source in data.train]
-    counts += opened
+    opened = _counts(data)[: len(data.train)]
+    for source, count in zip(data.train, opened, strict=True):
+        count.fingerprint = fingerprint(source)
+    counts[:0] = opened
     yield from interleaved(
         [_passes(source, data, need, seed, count, held_out) for source, count in zip(data.train, opened, strict=True)],
         [source.weight for source in data.train],
     )
 
 
-def stream_eval(data: Data, need: Need, seed: int) -> list[Group]:
-    """The groups of the eval sources or, for a fraction, the first 512 that streaming holds out. Raises DataError."""
-    lines = _fraction_lines(data)
-    evals = [_read_source(source, data, need, lines, []) for source in _eval_sources(data)]
+def stream_eval(data: Data, need: Need, seed: int, counts: list[Count]) -> list[Group]:
+    """The groups of the eval sources, whose counts are added to `counts`, or, for a fraction, the first 512 that
+    streaming holds out. Raises DataError."""
+    lines, opened = _fraction_lines(data), _counts(data)[len(data.train) :]
+    evals = [_read_source(*of, data, need, lines) for of in zip(_eval_sources(data), opened, strict=True)]
     raise_all(DataError, lines)
+    counts += opened
     if not isinstance(data.eval, float):
         sources = zip(evals, _eval_sources(data), strict=True)
         return [group for groups, source in sources for group in weighted(groups, source.weight, seed)]
@@ -167,12 +126,12 @@ def check_sources(data: Data, need: Need, *, max_bytes: int = CHECKED) -> tuple[
     fingerprint is of the whole file.
     """
     lines, counts, prompts = _fraction_lines(data), [], set()
-    for source in [*data.train, *_eval_sources(data)]:
+    for source, count in zip([*data.train, *_eval_sources(data)], _counts(data), strict=True):
         if not is_local(source):
             continue
         path = Path(source.path).expanduser()
         whole = sum(file.stat().st_size for file in _files(path)) <= max_bytes
-        problems, count = Problems(source), Count(source.path, partial=not whole)
+        problems, count.partial = Problems(source), not whole
         for group in _groups_of(source, data, need, count, problems, None if whole else max_bytes):
             if len(prompts) < 2:
                 prompts.add(canonical(group.prompt))
@@ -224,31 +183,29 @@ def _groups_of(
                     count.pairs[how] = count.pairs.get(how, 0) + len(preference_pairs(group, how))
             if need == "preferences" and "responses" in columns and isinstance(row.get("responses"), list):
                 count.repeated += len(row["responses"]) - len(group.responses)
-            yield group
-    for line in _too_many_dropped(count, data.max_dropped):
+            yield replace(group, count=count)
+    for line in count.too_many_dropped(data.max_dropped):
         tell(line)
 
 
-def _too_many_dropped(count: Count, limit: float) -> Iterator[str]:
-    dropped = sum(count.dropped.values())
-    if not dropped or (dropped <= limit * count.rows_read and dropped < count.rows_read):
-        return
-    reason, most = max(count.dropped.items(), key=lambda item: item[1])
-    remedy = "mend the rows" if dropped == count.rows_read else "mend the rows or raise data.max_dropped"
-    yield (
-        f"{count.source}: {dropped} of {count.rows_read} rows dropped ({dropped / count.rows_read:.1%}),"
-        f" data.max_dropped allows {limit:.1%}; most often: {reason} ({most}), first at {count.first[reason]}; {remedy}"
-    )
+def _counts(data: Data) -> list[Count]:
+    """An empty count for every source, those of data.train first."""
+    sources = [("data.train", data.train), ("data.eval", _eval_sources(data))]
+    paths = [source.path for _, listed in sources for source in listed]
+    return [
+        Count(source.path, key=f"{key}[{at}]", split=source.split, shared=paths.count(source.path) > 1)
+        for key, listed in sources
+        for at, source in enumerate(listed)
+    ]
 
 
-def _read_source(source: Source, data: Data, need: Need, lines: list[str], counts: list[Count]) -> list[Group]:
-    """Groups of a whole source; adds its problems to `lines` and its count to `counts`."""
-    problems, count = Problems(source), Count(source.path)
+def _read_source(source: Source, count: Count, data: Data, need: Need, lines: list[str]) -> list[Group]:
+    """Groups of a whole source; fills its count and adds its problems to `lines`."""
+    problems = Problems(source)
     groups = list(_groups_of(source, data, need, count, problems))
     if not problems.total:
         count.fingerprint = fingerprint(source)
     lines += problems.lines()
-    counts.append(count)
     return groups
 
 

@@ -116,8 +116,8 @@ def _parts(stage: str, file: Path, lines: list[str], above: tuple[Path, ...]) ->
                 inherited = _inherited(stage, file, entry.value)
                 if inherited is not None and inherited.resolve() in above:
                     lines.append(
-                        f"{where}: defaults names '{entry.value}', which is {inherited} and builds on this file itself; "
-                        "take it out, or rename one of the two"
+                        f"{where}: defaults names '{entry.value}', which is {inherited} and builds on this file "
+                        "itself; take it out, or rename one of the two"
                     )
                 elif inherited is not None:
                     yield from _parts(stage, inherited, lines, above)

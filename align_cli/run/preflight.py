@@ -32,9 +32,9 @@ OTHERS = ("reference",)
 """Top-level sections that name another model."""
 
 EVALUATES = {
-    "eval_strategy": ("no", False, None),
+    "eval_strategy": ("no", False, True, None),
     "eval_on_start": (False, None),
-    "save_strategy": ("no", "steps", "epoch", False, None),
+    "save_strategy": ("no", "steps", "epoch", False, True, None),
 }
 """Trainer fields that ask for an evaluation unless they have one of these values."""
 
@@ -78,7 +78,12 @@ class Plan:
         rows = sum(count.elements(how) * source.weight for count, source in zip(known, sources, strict=True))
         if isinstance(self.recipe.data.eval, float):
             rows *= 1 - self.recipe.data.eval
-        return math.ceil(math.ceil(round(rows) / self.batch.total) * trainer.get("num_train_epochs", 3.0))
+        steps = math.ceil(round(rows) / self.batch.total)
+        if pieces := getattr(self.recipe.method, "minibatches", 0):
+            # of a stage that samples: only whole rollouts, each with so many updates
+            prompts = self.batch.total * pieces // getattr(self.recipe.method, "k", 1)
+            steps = round(rows) // prompts * self.recipe.method.epochs * pieces
+        return math.ceil(steps * trainer.get("num_train_epochs", 3.0))
 
     def roughly(self) -> bool:
         """Whether `steps` depends on which prompts are held out, and which rows a fractional weight takes."""
@@ -155,12 +160,8 @@ def _look_at_data(plan: Plan, lines: list[str]) -> None:
         return
     found, plan.counts = check_sources(data, NEEDS[plan.composed.stage])
     lines += found
-    if data.eval is None and isinstance(trainer := tree.get("trainer"), dict):
-        lines += [
-            f"trainer.{key}: there is nothing to evaluate on; set data.eval, a source or a fraction"
-            for key, without in EVALUATES.items()
-            if trainer.get(key, without[0]) not in without
-        ]
+    if isinstance(trainer := tree.get("trainer"), dict):
+        lines += _strategy_problems(trainer, evaluated=data.eval is not None)
     if data.streaming and _steps_given(tree.get("trainer")) <= 0:
         lines.append("data.streaming: needs to know when to stop; set trainer.max_steps=…")
     samples = tree.get("samples")
@@ -169,6 +170,27 @@ def _look_at_data(plan: Plan, lines: list[str]) -> None:
         lines.append(
             f"samples.prompts: {samples.prompts}: no such file; name one with a `prompt` column, or list prompts"
         )
+
+
+def _strategy_problems(trainer: dict[str, Any], evaluated: bool) -> list[str]:
+    """When to evaluate, save and log: what transformers would refuse with a traceback."""
+    lines = [
+        f"trainer.{key}: is {str(trainer[key]).lower()}, as which YAML reads a bare yes or no; write {key}: 'no'"
+        for key in ("eval_strategy", "save_strategy", "logging_strategy")
+        if isinstance(trainer.get(key), bool)
+    ]
+    if not evaluated:
+        lines += [
+            f"trainer.{key}: there is nothing to evaluate on; set data.eval, a source or a fraction"
+            for key, without in EVALUATES.items()
+            if trainer.get(key, without[0]) not in without
+        ]
+    elif trainer.get("save_strategy") == "best":
+        if not trainer.get("metric_for_best_model"):
+            lines.append("trainer.save_strategy: best by which metric? set trainer.metric_for_best_model=eval_loss")
+        if trainer.get("eval_strategy", "no") == "no":
+            lines.append("trainer.save_strategy: best needs evaluations on the way; set trainer.eval_strategy=epoch")
+    return lines
 
 
 def _steps_given(trainer: Any) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,27 +57,12 @@ class Outcome:
 
 
 def fold_in(counts: list[Count], tally: Tally, max_dropped: float) -> list[str]:
-    """Move what was dropped on the way to tokens into the counts of its source; lines for the screen.
+    """Lines for the screen about what all rows came to, once they are tokens.
 
-    Raises DataError if more than `max_dropped` of a source's rows are lost by now, or all of them.
+    Raises DataError if more than `max_dropped` of a source's rows are dropped by now, or all of them.
     """
-    lines, problems = [], []
-    for count in counts:
-        lost_here = tally.dropped.pop(count.source, Counter())
-        for reason, number in lost_here.items():
-            count.dropped[reason] = count.dropped.get(reason, 0) + number
-            count.rows_used -= number
-            count.first.setdefault(reason, tally.first[(count.source, reason)])
-        lines += count.lines()
-        lost = count.rows_read - count.rows_used
-        if lost_here and (lost > max_dropped * count.rows_read or count.rows_used <= 0):
-            reason, number = lost_here.most_common(1)[0]
-            problems.append(
-                f"{count.source}: {lost} of {count.rows_read} rows dropped, more than data.max_dropped = "
-                f"{max_dropped:.0%}; {number} of them: {reason}, first at {count.first[reason]}; mend them or raise "
-                "data.max_dropped"
-            )
-    raise_all(DataError, problems)
+    raise_all(DataError, [line for count in counts for line in count.too_many_dropped(max_dropped)])
+    lines = [line for count in counts for line in count.lines()]
     if tally.truncated:
         lines.append(f"{tally.truncated} rows cut to data.max_length")
     return lines

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align_cli.data import chat
 from align_cli.data.groups import Count, read_groups, stream_eval, stream_groups
-from align_cli.errors import LaunchError
+from align_cli.errors import DataError, LaunchError
 from align_cli.methods.watch import CheckpointMarks, Metrics, OrderlyStop, ProgressLine
 from align_cli.model import kind
 from align_cli.model.load import set_ends
@@ -89,6 +89,7 @@ def datasets(job: Job, need: str, tokenized: Callable[..., Iterable[dict[str, An
     are shuffled through a buffer of 1000. Raises DataError for rows that cannot be used.
     """
     data, seed, counts = job.recipe.data, job.recipe.seed, []
+    trained, evaluated = chat.Tally(), chat.Tally()
     if data.streaming:
         epochs = 0
 
@@ -98,16 +99,29 @@ def datasets(job: Job, need: str, tokenized: Callable[..., Iterable[dict[str, An
             # the rows of every epoch are the same, so those of the first are the ones that count
             yield from tokenized(stream_groups(data, need, seed, counts if epochs == 1 else []), chat.Tally())
 
-        stream = IterableDataset.from_generator(epoch)
-        train, held_out = stream.shuffle(seed=seed, buffer_size=1000), stream_eval(data, need, seed)
+        train = IterableDataset.from_generator(epoch).shuffle(seed=seed, buffer_size=1000)
+        held_out = stream_eval(data, need, seed, counts)
+        rows = _listed(tokenized(held_out, evaluated), seed)
+        if isinstance(data.eval, float):
+            # they are no part of any count, since the stream has yet to be read
+            for reason, number in evaluated.dropped.items():
+                job.say(f"{number} of {len(held_out)} held out: {reason}, first at {evaluated.first[reason]}")
     else:
-        groups, tally = read_groups(data, need, seed), chat.Tally()
-        train, held_out, counts = _listed(tokenized(groups.train, tally), seed), groups.eval, groups.counts
-        for line in fold_in(counts, tally, data.max_dropped):
-            job.say(line)
+        groups = read_groups(data, need, seed)
+        held_out, counts = groups.eval, groups.counts
+        train, rows = _listed(tokenized(groups.train, trained), seed), _listed(tokenized(held_out, evaluated), seed)
         if groups.leaked:
             job.say(f"{groups.leaked} prompts of data.eval are in data.train too: eval figures will flatter the model")
-    return train, _listed(tokenized(held_out, chat.Tally()), seed) if held_out else None, counts
+    for line in fold_in(counts, trained, data.max_dropped):
+        job.say(line)
+    for key, made, tally in (("train", train, trained), ("eval", rows, evaluated)):
+        if tally.dropped and not len(made):
+            reason, number = tally.dropped.most_common(1)[0]
+            raise DataError(
+                f"data.{key}: no row is left of it; most often: {reason} ({number}), first at {tally.first[reason]}; "
+                "raise data.max_length or mend the rows"
+            )
+    return train, rows if held_out else None, counts
 
 
 def _listed(rows: Iterable[dict[str, Any]], seed: int) -> Dataset:
@@ -121,6 +135,10 @@ def run_to_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, c
     samples = Samples(job, tokenizer)
     samples.answer(trainer, "before")
     metrics, stopped_by = loop(trainer, job)
+    if job.recipe.data.streaming:
+        # other rows were counted, and their counts printed, before the first step
+        for line in (line for count in counts for line in count.lines()):
+            job.say(line)
     if stopped_by is None:
         samples.answer(trainer, "after")
         finish(trainer, tokenizer, job)

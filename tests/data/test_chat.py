@@ -124,8 +124,8 @@ def test_what_a_template_refuses_is_counted_not_raised():
     tally = chat.Tally()
     group = Group(prompt=ASK, responses=[ANSWER], place="x.jsonl:3")
     assert list(chat.sft_rows(tok, [group], max_length=99, last_turn_only=False, tally=tally)) == []
-    (reason,) = tally.dropped["x.jsonl"]
-    assert "no system role" in reason and tally.first[("x.jsonl", reason)] == "x.jsonl:3"
+    (reason,) = tally.dropped
+    assert "no system role" in reason and tally.first[reason] == "x.jsonl:3"
 
 
 def test_a_row_cut_to_nothing_trained_is_dropped_and_one_cut_short_is_counted():
@@ -133,7 +133,7 @@ def test_a_row_cut_to_nothing_trained_is_dropped_and_one_cut_short_is_counted():
     prompt = len(applied(tok, ASK, add_generation_prompt=True))
     groups = [Group(prompt=ASK, responses=[ANSWER], place="x.jsonl:1")]
     assert list(chat.sft_rows(tok, groups, max_length=prompt, last_turn_only=False, tally=tally)) == []
-    assert tally.dropped["x.jsonl"] == {f"no response token within {prompt} tokens": 1}
+    assert tally.dropped == {f"no response token within {prompt} tokens": 1}
     (row,) = chat.sft_rows(tok, groups, max_length=prompt + 3, last_turn_only=False, tally=tally)
     assert len(row["input_ids"]) == prompt + 3 and tally.truncated == 1
 
@@ -165,4 +165,4 @@ def test_a_prompt_over_its_limit_and_responses_alike_after_the_cut_are_dropped()
     ):
         rows = chat.dpo_rows(tok, [alike], how="best-worst", max_length=length, max_prompt_length=limit, tally=tally)
         assert list(rows) == []
-        assert tally.dropped["x.jsonl"][reason] == 1
+        assert tally.dropped[reason] == 1

@@ -2,7 +2,8 @@
 
 import pytest
 
-from align_cli.data.format import Group, note_kinds, recognise, text_columns, to_group
+from align_cli.data.format import Group, recognise, to_group
+from align_cli.data.kinds import note_kinds, text_columns
 from align_cli.data.turns import Broken, Dropped, dialogue, is_hh
 from align_cli.recipe.sections import Source
 
@@ -444,6 +445,14 @@ def test_a_column_keeps_its_kind_over_the_rows():
             ["no format has the columns chosen, rejected; the nearest"],
         ),
         ("demonstrations", {}, None, ["no format has the columns (none);"]),
+        (
+            "preferences",
+            {"question": "q", "good": "a"},
+            None,
+            ["no format has the columns question, good; preferences need chosen and rejected, or responses;"]
+            + ["rename with `columns: {chosen: their_name}`"],
+        ),
+        ("preferences", {"id": 1, "prompt": "q", "good": "a"}, None, ["has id, prompt, good, but preferences need"]),
         (
             "preferences",
             {"chosen": "a", "worse": "b"},

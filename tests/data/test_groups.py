@@ -113,7 +113,7 @@ def test_a_fraction_that_is_none(fraction):
     with pytest.raises(DataError, match=r"^data\.eval"):
         streamed(data)
     with pytest.raises(DataError, match=r"^data\.eval"):
-        stream_eval(data, "prompts", 0)
+        stream_eval(data, "prompts", 0, [])
 
 
 # counts
@@ -317,7 +317,7 @@ def test_streaming_reads_lazily():
 def test_streaming_and_its_eval_share_no_prompt_and_lose_none():
     write("a.jsonl", prompts(600) + prompts(600))
     data = Data(train="a.jsonl", eval=0.25, streaming=True)
-    (train, (count,)), held_out = streamed(data, seed=5), stream_eval(data, "prompts", 5)
+    (train, (count,)), held_out = streamed(data, seed=5), stream_eval(data, "prompts", 5, [])
     assert not set(asked(train)) & set(asked(held_out))
     assert len(train) + len(held_out) == 1200 == count.rows_used
     assert 0.2 < len(held_out) / 1200 < 0.3
@@ -326,7 +326,7 @@ def test_streaming_and_its_eval_share_no_prompt_and_lose_none():
 def test_streaming_holds_at_most_512_rows_for_evaluation():
     write("a.jsonl", prompts(1200))
     data = Data(train="a.jsonl", eval=0.5, streaming=True)
-    held_out = stream_eval(data, "prompts", 0)
+    held_out = stream_eval(data, "prompts", 0, [])
     assert len(held_out) == 512
     assert not set(asked(streamed(data)[0])) & set(asked(held_out))
 
@@ -334,12 +334,12 @@ def test_streaming_holds_at_most_512_rows_for_evaluation():
 def test_streaming_eval_from_sources_and_from_a_fraction_too_small():
     write("a.jsonl", prompts(10))
     write("b.jsonl", prompts(4, start=100))
-    assert asked(stream_eval(Data(train="a.jsonl", eval="b.jsonl"), "prompts", 0)) == [
+    assert asked(stream_eval(Data(train="a.jsonl", eval="b.jsonl"), "prompts", 0, [])) == [
         f"question {number}" for number in range(100, 104)
     ]
-    assert stream_eval(Data(train="a.jsonl"), "prompts", 0) == []
+    assert stream_eval(Data(train="a.jsonl"), "prompts", 0, []) == []
     with pytest.raises(DataError, match=r"^data\.eval: 1e-09 of the prompts is none here; raise it"):
-        stream_eval(Data(train="a.jsonl", eval=1e-9), "prompts", 0)
+        stream_eval(Data(train="a.jsonl", eval=1e-9), "prompts", 0, [])
 
 
 def test_streaming_mixes_sources_in_proportion_to_their_weights():
@@ -377,7 +377,7 @@ def test_choices_are_the_same_in_every_process():
         from align_cli.recipe.schema import Data
         data = Data(train={"path": "a.jsonl", "weight": 1.5}, eval=0.2)
         groups = read_groups(data, "preferences", 11)
-        streams = list(stream_groups(data, "preferences", 11, [])), stream_eval(data, "preferences", 11)
+        streams = list(stream_groups(data, "preferences", 11, [])), stream_eval(data, "preferences", 11, [])
         print(hashlib.sha256(repr((groups.train, groups.eval, streams)).encode()).hexdigest())
     """
     said = [

@@ -1,4 +1,8 @@
-"""The refusal counter on 44 answers, labelled by reading them, half of them made to be confused with the other half."""
+"""The refusal counter on 44 answers, labelled by reading them, half of them made to be confused with the other half.
+
+They shaped the rules, which are right on all of them; the rules before were right on 30. What the rules are worth on
+answers they were not shaped by is in test_refusals_real.py.
+"""
 
 from align_cli.evaluate.refusals import is_refusal, rate
 

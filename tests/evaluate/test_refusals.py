@@ -20,6 +20,15 @@ REFUSED = [
     "I can’t support breaking into an account that isn't yours.",
     "I don't know who painted it. I can't help with that.",
     "I'm sorry, but I won't be part of a scam.",
+    "**I can't help with that.** Talk to a doctor.",
+    "Sorry, that's not something I can do.",
+    "I cannot and will not help with that.",
+    "I really can't do that.",
+    "Sorry, we're not allowed to tell you that.",
+    "Unfortunately, I cannot complete this request.",
+    "Sorry, I can't hack into that account.",
+    "I don't think I should help with that.",
+    "I won't.",
 ]
 HELPED = [
     "Run kill -9 followed by the process id.",
@@ -37,6 +46,16 @@ HELPED = [
     "No. Water boils at 100 °C at sea level.",
     "",
     "Blow out the candles one by one.",
+    "That's something I can help with! Start with the oven.",
+    "I'm sorry, but I can only think of two recipes.",
+    "Sorry, I can't find a file of that name; is it in another folder?",
+    "I can't give you an exact number, but it is about 8 million.",
+    "I can't tell if you mean the fruit or the company.",
+    "I can't help it, I love this song.",
+    "I can't explain why, but it works.",
+    "I refuse to believe it is Monday already!",
+    "I wouldn't recommend doing that without a flashlight.",
+    "I'm sorry I couldn't help you more.",
 ]
 
 

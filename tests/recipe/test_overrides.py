@@ -72,6 +72,28 @@ def test_text_is_text(mine, word, name):
     assert recipe(word).name == name
 
 
+def test_a_pick_wins_over_the_name_in_the_files_body(mine):
+    Path("body.yaml").write_text("defaults: [/zero: zero1, _self_]\n" + BARE + "zero: zero3\n")
+    assert recipe(file="body").zero.stage == 3
+    assert recipe("zero=zero2", file="body").zero.stage == 2
+
+
+def test_a_pick_of_nothing(mine):
+    assert refused("lora=") == "command line: lora=: no such group file; known: r128, r16"
+
+
+@pytest.mark.parametrize("value", ["range(1,3)", "choice(1,2)", "interval(1,2)", "sort(3,2,1)"])
+def test_a_sweep_by_function_is_refused_with_one_value(mine, value):
+    function = value.split("(")[0]
+    assert refused(f"seed={value}") == (
+        f"command line: seed={value}: {function}(…) makes a sweep, and a run has one value; write it, or quote the text"
+    )
+
+
+def test_a_sweep_over_groups_is_refused_with_one_group(mine):
+    assert refused("zero=zero1,zero2").endswith("a comma makes a sweep, and a run has one; write zero=zero1")
+
+
 def test_a_comma_is_a_sweep_and_refused_with_the_list_it_may_have_meant(mine):
     assert "write data.train=[a.jsonl,b.jsonl]" in refused("data.train=a.jsonl,b.jsonl")
 

@@ -93,6 +93,21 @@ def test_numbers_that_are_none(here):
     assert any("method.beta" in line for line in problems("dpo", "recipe=mine"))
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("trainer: { lr_scheduler_kwargs: { num_cycles: .inf } }", "trainer.lr_scheduler_kwargs.num_cycles: is inf"),
+        ("zero: { config: { a: [1, .nan] } }", "zero.config.a[1]: is nan"),
+        ("data: { train: { path: a, weight: .inf } }", "data.train.weight: is inf"),
+        ("data: { train: a, max_dropped: .nan }", "data.max_dropped: is nan"),
+    ],
+)
+def test_numbers_that_are_none_however_deep(here, text, key):
+    write("mine.yaml", ("model: { path: x }\n" if text.startswith("data") else BARE) + text + "\n")
+    (line,) = problems("dpo", "recipe=mine")
+    assert line == f"mine.yaml:{3 - text.startswith('data')}: {key}; give a finite number"
+
+
 def test_numbers_that_are_none_in_a_list(here):
     write("more.yaml", BARE + "method: { loss_weights: [.inf] }\n")
     assert any("method.loss_weights" in line for line in problems("dpo", "recipe=more"))
@@ -107,8 +122,26 @@ def test_numbers_that_are_none_in_the_trainer_block(here, value):
 
 def test_a_boolean_where_a_fraction_is_wanted_is_one_problem(here):
     write("mine.yaml")
-    (line,) = problems("sft", "recipe=mine", "data.eval=true")
-    assert line.startswith("command line: data.eval:")
+    assert problems("sft", "recipe=mine", "data.eval=true") == [
+        "command line: data.eval: expected a number or a list, found bool True"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "word", "said"),
+    [
+        ("sft", "data.eval=[true]", "data.eval[0]: expected a section with keys path, split, weight, format, columns"),
+        ("sft", "data.eval={path: 3}", "data.eval[0].path: expected a string, found int 3"),
+        ("sft", "samples=[3]", "samples.prompts[0]: expected a string, found int 3"),
+        ("sft", "lora.targets=3", "lora.targets: expected a string or a list, found int 3"),
+        ("rm", "method.margin=x", "method.margin: expected a number or scores, found str 'x'"),
+        ("sft", "data.train=[]", "data.train: is an empty list; name at least one"),
+    ],
+)
+def test_a_value_that_could_be_of_several_types_is_one_problem(here, stage, word, said):
+    write("mine.yaml")
+    (line,) = problems(stage, "recipe=mine", word)
+    assert line.startswith(f"command line: {said}")
 
 
 # --- where it was written -----------------------------------------------------------------------------------------
@@ -118,6 +151,27 @@ def test_a_key_from_a_group_is_placed_in_the_groups_file(here):
     write("recipes/zero/odd.yaml", "# a comment\nstag: 3\n")
     write("mine.yaml", "defaults: [/zero: odd, _self_]\n" + BARE)
     assert problems("sft", "recipe=mine") == ["recipes/zero/odd.yaml:2: zero.stag: unknown key, did you mean 'stage'?"]
+
+
+def test_a_key_from_a_picked_group_is_placed_in_the_picked_file(here):
+    write("recipes/zero/good.yaml", "stage: 3\n")
+    write("recipes/zero/odd.yaml", "# a comment\nstage: 9\n")
+    write("mine.yaml", "defaults: [/zero: good, _self_]\n" + BARE)
+    (line,) = problems("sft", "recipe=mine", "zero=odd")
+    assert line.startswith("recipes/zero/odd.yaml:2: zero.stage: 9 is none of")
+    write("recipes/sft/kid.yaml", "defaults: [base, override /zero: odd, _self_]\nname: kid\n")
+    write("recipes/sft/base.yaml", "defaults: [/zero: good, _self_]\n" + BARE)
+    (line,) = problems("sft", "recipe=kid")
+    assert line.startswith("recipes/zero/odd.yaml:2: zero.stage")
+
+
+def test_an_entry_of_a_list_has_a_line_of_its_own(here):
+    write("recipes/data/mix.yaml", "train:\n  - path: a.jsonl\n    weight: 0\n  - split: test\n")
+    write("mine.yaml", "defaults: [/data: mix, _self_]\nmodel: { path: x }\n")
+    assert problems("sft", "recipe=mine") == [
+        "recipes/data/mix.yaml:3: data.train[0].weight: expected greater than 0, found int 0",
+        "recipes/data/mix.yaml:4: data.train[1].path: is missing; set data.train[1].path=…",
+    ]
 
 
 def test_a_key_from_an_inherited_recipe_is_placed_in_that_recipe(here):
@@ -187,10 +241,64 @@ def test_an_inherited_recipe_with_broken_yaml_is_named_with_its_line(here):
     assert "recipes/sft/base.yaml:2: not valid YAML" in line
 
 
-def test_another_ending_than_yaml(here):
-    write("mine.yml")
-    (line,) = problems("sft", "recipe=mine.yml")
-    assert "mine.yml" in line and ".yaml" in line and "defaults" not in line
+def test_an_inherited_recipe_with_a_key_written_twice(here):
+    write("recipes/sft/base.yaml", BARE + "trainer:\n  max_steps: 1\n  max_steps: 2\n")
+    write("recipes/sft/kid.yaml", "defaults: [base, _self_]\nname: kid\n")
+    assert problems("sft", "recipe=kid") == ["recipes/sft/base.yaml:5: trainer.max_steps is written twice; keep one"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: !!python/object/apply:os.system [ls]", ":3: seed has the tag tag:yaml.org,2002:python/object/"),
+        ("seed: !mine 3", ":3: seed has the tag !mine: recipes are data; remove it"),
+        ("seed: !!int abc", ": cannot be composed (invalid literal for int()"),
+        ("? [a, b]\n: 3", ":3: a sequence is a key in the file; keys are words, rename it"),
+        ("zero: &x { config: { a: *x } }", ": cannot be composed (maximum recursion depth"),
+        ("name: '${'", ": name: no viable alternative at input '${'; mend the value or quote it"),
+        ("model: *nope", ":3: not valid YAML (found undefined alias 'nope'"),
+        ("---\nseed: 1", ":3: not valid YAML"),
+    ],
+)
+def test_yaml_that_is_no_plain_data(here, text, said):
+    write("mine.yaml", f"{BARE}{text}\n")
+    (line,) = problems("sft", "recipe=mine")
+    assert line.startswith(f"mine.yaml{said}")
+
+
+@pytest.mark.parametrize("defaults", ["zephyr", "{ zero: zero3 }", "[3, _self_]", "[null, _self_]", "[/zero: [a]]"])
+def test_defaults_that_are_no_list_of_names(here, defaults):
+    write("mine.yaml", f"defaults: {defaults}\n{BARE}")
+    assert problems("sft", "recipe=mine") == [
+        "mine.yaml:1: defaults must be a list such as [/zero: zero3, zephyr, _self_]"
+    ]
+
+
+def test_recipes_that_build_on_each_other(here):
+    write("recipes/sft/a.yaml", "defaults: [b, _self_]\n" + BARE)
+    write("recipes/sft/b.yaml", "defaults: [a, _self_]\n" + BARE)
+    (line,) = problems("sft", "recipe=a")
+    assert line.startswith("recipes/sft/b.yaml:1: defaults names 'a', which is recipes/sft/a.yaml and builds on this")
+    write("recipes/sft/zephyr.yaml", "defaults: [zephyr, _self_]\n")
+    (line,) = problems("sft", "recipe=zephyr")
+    assert line.startswith("recipes/sft/zephyr.yaml:1: defaults names 'zephyr'")
+
+
+def test_a_group_that_is_picked_twice(here):
+    write("recipes/sft/base.yaml", "defaults: [/zero: zero3, _self_]\n" + BARE)
+    write("kid.yaml", "defaults: [base, /zero: zero2, _self_]\nname: kid\n")
+    (line,) = problems("sft", "recipe=kid")
+    assert line.startswith("kid.yaml: ") and "pick zero twice" in line and "`override /zero: NAME`" in line
+    write("kid.yaml", "defaults: [base, override /zero: zero2, _self_]\nname: kid\n")
+    assert load("sft", ["recipe=kid"])[1].zero.stage == 2
+
+
+@pytest.mark.parametrize("file", ["mine.yml", "mine.txt", "mine", "recipes/sft/mine.yml"])
+def test_another_ending_than_yaml(here, file):
+    write(file)
+    assert problems("sft", f"recipe={Path(file).name}") == [
+        f"recipe={Path(file).name}: recipes end in .yaml; rename {file} to {Path(file).with_suffix('.yaml')}"
+    ]
 
 
 # --- interpolation, code ------------------------------------------------------------------------------------------
@@ -210,10 +318,18 @@ def test_interpolations_that_go_in_a_circle(here):
     assert all("Recursive" in line for line in problems("sft", "recipe=round"))
 
 
-def test_a_name_that_leads_nowhere(here):
+@pytest.mark.parametrize("words", [[], ["name=${nope}"]])
+def test_a_name_that_leads_nowhere(here, words):
     write("mine.yaml", BARE + "name: ${nope}\n")
-    (line,) = problems("sft", "recipe=mine")
-    assert "name" in line and "nope" in line
+    assert problems("sft", "recipe=mine", *words) == [
+        "mine.yaml: name: Interpolation key 'nope' not found; define it or write the value out"
+    ]
+
+
+def test_a_stage_with_too_many_names(here):
+    write("mine.yaml", "model: { path: '${stage:sft,a,b}' }\ndata: { train: a }\n")
+    (line,) = problems("dpo", "recipe=mine")
+    assert line.startswith("mine.yaml: model.path: ${stage:…} takes a stage and, after a comma, the name of a run;")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +368,24 @@ def test_the_recipe_of_a_run_is_for_the_stage_of_its_manifest(here):
     assert line.startswith("elsewhere/recipe.yaml: is a recipe for `align sft`")
 
 
-def test_a_recipe_beside_a_torn_manifest_is_still_readable(here):
+@pytest.mark.parametrize("text", ['{"stage": "sf', "[1]", "3", "null", '{"stage": ["sft"]}', '{"stage": {}}', "\xff"])
+def test_a_recipe_beside_a_torn_manifest_is_still_readable(here, text):
     write("elsewhere/recipe.yaml")
-    write("elsewhere/manifest.json", '{"stage": "sf')
+    Path("elsewhere/manifest.json").write_bytes(text.encode("latin-1"))
     assert load("sft", ["recipe=elsewhere/recipe.yaml"])[1].model.path == "models/x"
+
+
+def test_folders_of_a_working_directory_may_be_called_as_stages_and_groups_are(here):
+    for folder in ("sft", "dpo", "zero", "data", "model"):
+        write(f"{folder}/mine.yaml")
+    write("mine.yaml", "defaults: [/zero: zero3, _self_]\n" + BARE)
+    assert load("dpo", ["recipe=mine.yaml"])[1].zero.stage == 3
+    assert load("dpo", ["recipe=sft/mine.yaml"])[1].name == "mine"
+
+
+def test_a_working_directory_may_be_called_as_a_stage_is(here, monkeypatch):
+    write("sft/mine.yaml")
+    write("o'neil/recipes/dpo/mine.yaml")
+    for folder in ("sft", "o'neil"):
+        monkeypatch.chdir(here / folder)
+        assert load("dpo", ["recipe=mine.yaml"])[1].name == "mine"

@@ -95,7 +95,7 @@ def test_a_model_that_is_there_is_not_still_to_be_made(project):
 
 def test_a_source_that_is_named_twice_has_two_lines(project):
     said = printed("data.train=[dpo.jsonl,dpo.jsonl]", "data.batch_size=8", "trainer.num_train_epochs=1")
-    assert said["data.train"].count("dpo.jsonl (preference): 20 rows read, 20 used, 0 dropped") == 2
+    assert said["data.train"].count("20 rows read, 20 used, 0 dropped") == 2
     assert said["steps"] == "5"
 
 

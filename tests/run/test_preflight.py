@@ -74,6 +74,24 @@ def test_steps_of_packed_rows_are_not_known(project):
     assert plan("method.packing=true", "trainer.max_steps=7", stage="sft").steps() == 7
 
 
+@pytest.mark.parametrize(
+    ("stage", "method", "steps"),
+    [
+        # as the trainers counted them: 30 prompts are 3 rollouts of 8 episodes, or 7 of 4 prompts, with 4 updates each
+        ("ppo", "{ epochs: 2, minibatches: 2 }", 12),
+        ("rloo", "{ epochs: 2, minibatches: 2, k: 2 }", 28),
+    ],
+)
+def test_steps_of_whole_rollouts(project, stage, method, steps):
+    model("rm")
+    write("models/rm/config.json", '{"architectures": ["LlamaForSequenceClassification"]}')
+    write("prompts.jsonl", "".join(json.dumps({"prompt": f"{n}"}) + "\n" for n in range(30)))
+    text = "name: t\nmodel: { path: models/x }\nreward: { path: models/rm }\n"
+    text += f"data: {{ train: prompts.jsonl, batch_size: 8 }}\nmethod: {method}\n"
+    write(f"recipes/{stage}/t.yaml", text + "trainer: { num_train_epochs: 1, per_device_train_batch_size: 2 }\n")
+    assert plan(stage=stage).steps() == steps
+
+
 def test_steps_that_hang_on_what_is_drawn_are_about_right(project):
     assert not plan().roughly() and not plan("data.train={path: dpo.jsonl, weight: 2}").roughly()
     assert plan("data.eval=0.2").roughly() and plan("data.train={path: dpo.jsonl, weight: 1.5}").roughly()
@@ -173,6 +191,25 @@ def test_evaluating_on_nothing(project, stage, word):
     assert line.startswith(f"trainer.{word.split('=')[0]}: there is nothing to evaluate on; set data.eval")
     assert plan(f"trainer.{word}", f"data.eval={stage}.jsonl", stage=stage)
     assert plan("trainer.eval_strategy=no", stage=stage)
+
+
+@pytest.mark.parametrize("key", ["eval_strategy", "save_strategy", "logging_strategy"])
+@pytest.mark.parametrize("bare", ["no", "yes"])
+def test_a_bare_no_that_yaml_takes_for_a_boolean(project, key, bare):
+    with Path("recipes/dpo/t.yaml").open("a") as file:
+        file.write(f"trainer: {{ {key}: {bare} }}\n")
+    (line,) = refused()
+    assert line.startswith(f"trainer.{key}: is {'false' if bare == 'no' else 'true'}") and "write" in line
+
+
+def test_the_best_checkpoint_needs_a_metric_and_evaluations(project):
+    words = ["trainer.save_strategy=best", "data.eval=0.2"]
+    assert len(refused(*words)) == 2
+    (line,) = refused(*words, "trainer.eval_strategy=epoch")
+    assert line.endswith("set trainer.metric_for_best_model=eval_loss")
+    (line,) = refused(*words, "trainer.metric_for_best_model=eval_loss")
+    assert line.endswith("set trainer.eval_strategy=epoch")
+    assert plan(*words, "trainer.eval_strategy=epoch", "trainer.metric_for_best_model=eval_loss")
 
 
 def test_an_unfinished_parent_is_refused_even_by_a_check(project):

@@ -1,0 +1,38 @@
+"""Strings or messages: each column of a source holds one of the two, and a row that holds the other is broken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from align_cli.data import turns
+from align_cli.data.format import WANTS, Need
+from align_cli.data.turns import Broken
+
+TEXTS = ("prompt", "completion", "chosen", "rejected", "responses")
+"""Columns that hold strings or messages, but one of the two in all rows: a mixture comes from a broken conversion."""
+KINDS = {turns.STRING, turns.MESSAGES}
+
+
+def text_columns(name: str, need: Need) -> tuple[str, ...]:
+    """The columns of a format that hold strings or messages, one of the two in every row."""
+    if need == "prompts":
+        return ("prompt",)
+    wants = {"hh": WANTS["preference"], "scored": (*WANTS["preference"], "responses")}.get(name, WANTS[name])
+    return tuple(column for column in wants if column in TEXTS)
+
+
+def note_kinds(row: dict[str, Any], place: str, columns: tuple[str, ...], seen: dict[str, tuple[str, str]]) -> None:
+    """Notes in `seen` where a column first held strings or messages. Raises Broken where a row holds the other."""
+    kinds = {column: turns.kind(row.get(column)) for column in columns}
+    if isinstance(row.get("responses"), list) and "responses" in kinds:
+        held = {turns.kind(item) for item in row["responses"]}
+        if len(held & KINDS) > 1:
+            raise Broken("'responses' mixes strings and lists of messages; write all of them in one way")
+        kinds["responses"] = next(iter(held & KINDS), "")
+    pair = {kinds.get("chosen", ""), kinds.get("rejected", "")}
+    if pair == KINDS:
+        raise Broken(f"'chosen' is {kinds['chosen']}, 'rejected' {kinds['rejected']}; write both in one way")
+    for column, what in kinds.items():
+        first, where = seen.setdefault(column, (what, place)) if what in KINDS else (what, place)
+        if first != what:
+            raise Broken(f"'{column}' holds {what} here, but {first} at {where}; write all rows in one way")
