@@ -59,6 +59,7 @@ ONLINE: dict[str, str | None] = {
     "use_transformers_paged": "generation.engine",
     "reward_weights": "reward",
     "shuffle_dataset": None,
+    "disable_dropout": None,
     "num_generations_eval": None,
     "log_completions": None,
     # a moving reference would have to be part of every checkpoint to resume exactly

@@ -41,6 +41,10 @@ def arguments(job: Job, cls: type, **own: Any) -> Any:
         use_transformers_continuous_batching=generation.engine == "batched",
         shuffle_dataset=True,
         remove_unused_columns=False,
+        # dropout would make the first ratio differ from 1
+        disable_dropout=True,
+        # "The N implementation details of RLHF with PPO": Adam's ε as in the original code
+        adam_epsilon=recipe.trainer.get("adam_epsilon", 1e-5),
         **own,
     )
 

@@ -123,7 +123,7 @@ def test_two_ranks_are_one_process(folder, stage, zero):
         assert torch.allclose(tensor, project.weights(two)[name], atol=5e-4), name
 
 
-@pytest.mark.parametrize("stage", ["ppo", "rloo"])
+@pytest.mark.parametrize("stage", ["ppo", pytest.param("rloo", marks=SLOW)])
 def test_killed_and_run_again_it_ends_with_the_same_weights(folder, stage):
     settings = ["trainer.save_steps=4", "trainer.max_steps=24"]
     project.ok(stage, "recipe=t.yaml", "name=calm", *settings, cwd=folder)
@@ -177,6 +177,7 @@ def test_a_guard_ends_the_run_and_the_manifest_says_why(folder):
     assert made["metrics"]["steps"] < 400
 
 
+@pytest.mark.slow
 def test_ptx_rows_are_trained_beside(folder):
     project.ok("ppo", "recipe=t.yaml", "name=ptx", "method.ptx=sft.jsonl", "method.ptx_coef=5", cwd=folder)
     found = [row["ptx_loss"] for row in project.metrics(folder / "runs/ptx/ppo") if "ptx_loss" in row]
@@ -331,6 +332,7 @@ def test_two_ranks_are_one_process_on_one_backbone(adapters, folder, zero):
             assert torch.allclose(tensor, expected[name], atol=2e-3), name
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_one_backbone_ends_the_same(adapters, folder):
     settings = ["reward.path=runs/lora/rm", *LORA, "trainer.save_steps=4", "trainer.max_steps=16"]
     project.ok("ppo", "recipe=t.yaml", "name=lora-calm", *settings, cwd=folder)
