@@ -1,7 +1,9 @@
-"""The recipe's `zero:` section as a DeepSpeed config. Imports no torch."""
+"""The recipe's `zero:` section as a DeepSpeed config, and what DeepSpeed builds for itself. Imports no torch."""
 
 from __future__ import annotations
 
+import fcntl
+from pathlib import Path
 from typing import Any
 
 from align_cli.recipe.sections import Zero
@@ -37,6 +39,27 @@ def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
         "wall_clock_breakdown": False,
     }
     return _merged(config, zero.config)
+
+
+def build_operators() -> None:
+    """Build, or load, DeepSpeed's operator for ranks on CPUs, one process at a time.
+
+    torch guards the build with a lock file that says nothing of its owner: one that a killed process left makes every
+    later run wait for ever. Ours is let go by the kernel, so whoever holds it knows that torch's is a leftover.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops import __compatible_ops__
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if get_accelerator()._name != "cpu" or builder is None or not __compatible_ops__.get(builder.NAME, False):
+        return
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder / ".align-lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        # later loads in this process find it loaded
+        builder.load(verbose=False)
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

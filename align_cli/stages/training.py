@@ -22,7 +22,7 @@ from align_cli.data import chat
 from align_cli.data.groups import Count, read_groups, stream_eval, stream_groups
 from align_cli.errors import DataError, LaunchError
 from align_cli.methods.watch import CheckpointMarks, Metrics, OrderlyStop, ProgressLine
-from align_cli.model import kind
+from align_cli.model import kind, zero
 from align_cli.model.load import set_ends
 from align_cli.model.zero import deepspeed_config
 from align_cli.run.directory import COMPLETE, trim_metrics, write_atomically
@@ -76,6 +76,7 @@ def arguments(cls: type[TrainingArguments], job: Job, **own: Any) -> Any:
         if args.deepspeed:
             import deepspeed
 
+            zero.build_operators()
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     # adapters that are drawn before a trainer exists must be the same on every rank and every time
     set_seed(recipe.seed)
