@@ -210,3 +210,15 @@ def test_samples_are_answered_before_and_after(home):
     rows = [json.loads(line) for line in (home / "runs/said/sft/samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == prompts
     assert all(isinstance(row["before"], str) and isinstance(row["after"], str) for row in rows)
+
+
+@pytest.mark.slow
+def test_a_lock_that_a_killed_build_left_holds_nobody_up(home, tmp_path):
+    """torch waits for its lock file for ever; DeepSpeed's operator for CPU ranks is built under it."""
+    folder = tmp_path / "extensions" / "deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    words = ("sft", "recipe=t", "run_dir=runs/locked/sft", "zero=zero2", "trainer.max_steps=1")
+    done = align(*words, cwd=home, env=os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent)})
+    assert done.returncode == 0, done.stderr
+    assert (folder / "deepspeed_shm_comm.so").is_file()
