@@ -165,6 +165,22 @@ def sft_rows(
         yield {"input_ids": turns.ids[:max_length], "labels": turns.labels[:max_length]}
 
 
+def fitting(
+    tokenizer: Any, group: Group, max_length: int, max_prompt_length: int | None, tally: Tally
+) -> tuple[list[int], list[list[int]]] | None:
+    """`responses` of a group whose prompt leaves room for one; None, counted, for any other."""
+    try:
+        prompt, answers = responses(tokenizer, group)
+    except Unrenderable as error:
+        tally.drop(group, str(error))
+        return None
+    limit = min(max_prompt_length or max_length - 1, max_length - 1)
+    if len(prompt) > limit:
+        tally.drop(group, f"prompt over {limit} tokens")
+        return None
+    return prompt, answers
+
+
 def dpo_rows(
     tokenizer: Any,
     groups: Iterable[Group],
@@ -176,15 +192,10 @@ def dpo_rows(
 ) -> Iterator[dict[str, list[int]]]:
     """`prompt_ids`, `chosen_ids`, `rejected_ids` of the pairs that each group gives (see `preference_pairs`)."""
     for group in groups:
-        try:
-            prompt, answers = responses(tokenizer, group)
-        except Unrenderable as error:
-            tally.drop(group, str(error))
+        fit = fitting(tokenizer, group, max_length, max_prompt_length, tally)
+        if fit is None:
             continue
-        limit = min(max_prompt_length or max_length - 1, max_length - 1)
-        if len(prompt) > limit:
-            tally.drop(group, f"prompt over {limit} tokens")
-            continue
+        prompt, answers = fit
         room, pairs = max_length - len(prompt), preference_pairs(group, how)
         cut = [answer[:room] for answer in answers]
         if any(cut[better] == cut[worse] for better, worse in pairs):

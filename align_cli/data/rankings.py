@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from align_cli.data.chat import Tally, Unrenderable, responses
+from align_cli.data.chat import Tally, fitting
 from align_cli.data.groups import Group
 
 
@@ -35,15 +35,10 @@ def rm_rows(
     so that it repeats a better one is left out, and a group that this leaves with one response is dropped.
     """
     for group in groups:
-        try:
-            prompt, answers = responses(tokenizer, group)
-        except Unrenderable as error:
-            tally.drop(group, str(error))
+        fit = fitting(tokenizer, group, max_length, max_prompt_length, tally)
+        if fit is None:
             continue
-        limit = min(max_prompt_length or max_length - 1, max_length - 1)
-        if len(prompt) > limit:
-            tally.drop(group, f"prompt over {limit} tokens")
-            continue
+        prompt, answers = fit
         room = max_length - len(prompt)
         cut = [answer[:room] for answer in answers]
         kept = [at for at in range(len(cut)) if cut[at] not in cut[:at]]

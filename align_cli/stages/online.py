@@ -136,10 +136,17 @@ def _even(parts: list[list[int]], ranks: int, device: torch.device) -> list[list
     return parts + [parts[-1]] * (int(most) - len(parts))
 
 
-def sampler(job: Job) -> Sampler:
-    """The recipe's `generation`."""
-    asked = job.recipe.generation
-    return Sampler(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, asked.batch)
+def prepare(trainer: Any, job: Job, shared: Any = None) -> None:
+    """Give a trainer the recipe's rewards and sampler; `shared` as in `rewards`."""
+    found, gold = rewards(job, placing(trainer), shared)
+    asked, method = job.recipe.generation, job.recipe.method
+    trainer.prepare_rollouts(
+        rewards=found,
+        sampler=Sampler(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, asked.batch),
+        missing_eos=method.missing_eos,
+        length_penalty=method.length_penalty,
+        gold=gold,
+    )
 
 
 def frozen(model: Any) -> Any:

@@ -45,15 +45,7 @@ def run(job: Job) -> Outcome:
         processing_class=tokenizer,
         reward_funcs=[lambda **kwargs: None],  # ours take their place in `_calculate_rewards`
     )
-    shared = _shared_scorer(job, backbone) if backbone else None
-    rewards, gold = online.rewards(job, online.placing(trainer), shared)
-    trainer.prepare_rollouts(
-        rewards=rewards,
-        sampler=online.sampler(job),
-        missing_eos=method.missing_eos,
-        length_penalty=method.length_penalty,
-        gold=gold,
-    )
+    online.prepare(trainer, job, _shared_scorer(job, backbone) if backbone else None)
     trainer.prepare_ppo(
         critic=critic,
         reference=None if backbone else online.reference(job, tokenizer, trainer, args.temperature),

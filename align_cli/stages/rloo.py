@@ -41,14 +41,7 @@ def run(job: Job) -> Outcome:
         reward_funcs=[lambda **kwargs: None],  # ours take their place in `_calculate_rewards`
         peft_config=peft_config(recipe.lora),
     )
-    rewards, gold = online.rewards(job, online.placing(trainer))
-    trainer.prepare_rollouts(
-        rewards=rewards,
-        sampler=online.sampler(job),
-        missing_eos=method.missing_eos,
-        length_penalty=method.length_penalty,
-        gold=gold,
-    )
+    online.prepare(trainer, job)
     if job.reference is not None:
         trainer.ref_model = online.reference(job, tokenizer, trainer, args.temperature)
     return online.run_to_end(trainer, tokenizer, job, counts, lambda: training.finish(trainer, tokenizer, job))

@@ -180,8 +180,8 @@ def test_lora_trains_and_saves_the_head(folder):
     saved = project.weights(run)
     assert [tensor.dtype for name, tensor in saved.items() if name.endswith("score.weight")] == [torch.float32]
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
-    project.ok("rm", "recipe=adapter.yaml", "name=again", *lora, "model.dtype=bfloat16", cwd=folder)
-    again = project.weights(folder / "runs/again/rm")
+    project.ok("rm", "recipe=adapter.yaml", "name=twice", *lora, "model.dtype=bfloat16", cwd=folder)
+    again = project.weights(folder / "runs/twice/rm")
     assert all(torch.equal(tensor, again[name]) for name, tensor in saved.items()), "adapters are drawn by the seed"
     project.ok("score", "runs/adapter/rm", "data=rm.jsonl", "out=a.jsonl", cwd=folder)
     project.ok("merge", "runs/adapter/rm", "--to", "merged", cwd=folder)
