@@ -206,6 +206,7 @@ class Rollouts:
         if "loss" in logs and self.clock:
             logs |= {f"seconds_{name}": round(value, 3) for name, value in self.clock.items()}
             self.clock.clear()
+        self._total_train_tokens = int(self.state.num_input_tokens_seen)
         if self._metrics["train"]["entropy"]:
             self.latest["entropy"] = self._metrics["train"]["entropy"][-1]
         super().log(logs, *args, **kwargs)

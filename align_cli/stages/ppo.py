@@ -43,7 +43,7 @@ def run(job: Job) -> Outcome:
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        reward_funcs=[lambda **kwargs: None],  # ours take their place in `_calculate_rewards`
+        reward_funcs=[online.total],
     )
     online.prepare(trainer, job, _shared_scorer(job, backbone) if backbone else None)
     trainer.prepare_ppo(

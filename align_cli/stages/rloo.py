@@ -38,7 +38,7 @@ def run(job: Job) -> Outcome:
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        reward_funcs=[lambda **kwargs: None],  # ours take their place in `_calculate_rewards`
+        reward_funcs=[online.total],
         peft_config=peft_config(recipe.lora),
     )
     online.prepare(trainer, job)
