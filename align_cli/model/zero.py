@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def build_operators() -> None:
         (folder / "lock").unlink(missing_ok=True)
         # later loads in this process find it loaded
         builder.load(verbose=False)
+
+
+def unlink_buffers() -> None:
+    """Take the names of DeepSpeed's shared buffers away once every rank has them open.
+
+    DeepSpeed never removes them, 66 MB a rank and run in /dev/shm; without a name the kernel frees them with the last
+    rank, however that ends. To be called on all ranks.
+    """
+    import torch
+
+    torch.distributed.barrier()
+    mine = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_*"
+    for file in Path("/dev/shm").glob(mine):
+        file.unlink(missing_ok=True)
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

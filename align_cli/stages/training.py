@@ -78,6 +78,7 @@ def arguments(cls: type[TrainingArguments], job: Job, **own: Any) -> Any:
 
             zero.build_operators()
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            zero.unlink_buffers()
     # adapters that are drawn before a trainer exists must be the same on every rank and every time
     set_seed(recipe.seed)
     return args

@@ -12,6 +12,8 @@ import pytest
 import torch
 from project import COLD, WARM
 
+BUFFERS = "deepspeed_allreduce_buffer_*"
+BEFORE = set(Path("/dev/shm").glob(BUFFERS))
 RECIPE = """name: t
 model: {{ path: models/tiny }}
 data: {{ train: rm.jsonl, eval: 0.25, max_length: 128, batch_size: 8 }}
@@ -256,5 +258,6 @@ def test_score_refuses_what_is_no_reward_model(folder):
     assert "models/tiny" in done.stderr and "reward model" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_nothing_is_left_running():
+def test_nothing_is_left_running_or_in_shared_memory():
+    assert set(Path("/dev/shm").glob(BUFFERS)) <= BEFORE
     assert "align_cli.run.worker" not in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout
