@@ -47,7 +47,14 @@ def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
     model, scale = reward.load_run(path, tokenizer), (manifest.read(path) or {}).get("reward", {})
     shift = torch.zeros(1) if scale.get("shift_in_weights") else torch.tensor(scale.get("shift", [0.0]))
     rows, cut = _rows(tokenizer, groups, int(given["max_length"]))
-    scores = score(model, rows, tokenizer.pad_token_id, int(given["batch_tokens"]))
+    with torch.no_grad():
+        scores = layout.scored(
+            rows,
+            lambda inputs: model(**inputs),
+            tokenizer.pad_token_id,
+            tokens=int(given["batch_tokens"]),
+            device=model.device,
+        )
     lines, flat = [], []
     for group, found in zip(groups, scores, strict=True):
         heads = found + shift
@@ -62,18 +69,6 @@ def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
         f"{out}: {len(groups)} prompts, {len(every)} responses, mean score {every.mean():.3f}, standard deviation "
         f"{every.std(unbiased=False):.3f}" + (f"; {cut} cut to max_length={given['max_length']}" if cut else "")
     )
-
-
-@torch.no_grad()
-def score(model: Any, rows: list[layout.Row], pad: int, batch_tokens: int) -> list[torch.Tensor]:
-    """Per group the (k, h) scores of its responses, one row a response."""
-    found: dict[int, torch.Tensor] = {}
-    for part in layout.fill(rows, "rows", batch_tokens):
-        packed = layout.separate([rows[at] for at in part], pad, model.device)
-        scores = packed.regroup(model(**packed.inputs)).float().cpu()
-        for at, values in zip(part, scores, strict=True):
-            found[at] = values[: len(rows[at]["responses"])]
-    return [found[at] for at in range(len(rows))]
 
 
 def _settings(settings: list[str]) -> dict[str, str]:

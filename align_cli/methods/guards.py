@@ -80,8 +80,6 @@ class Guards(TrainerCallback):
                 self.reason = f"step {state.global_step}: {found}"
                 self.say(f"guard: {self.reason}; the run ends here{', at its best checkpoint' if self.back else ''}")
                 control.should_training_stop = True
-                # a stopped run is finished, so its last state need not be resumable
-        return
 
     def on_save(self, args, state, control, **kwargs):
         figure = self.trainer.latest.get("gold_reward", self.trainer.latest.get("reward", 0.0))

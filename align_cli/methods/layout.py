@@ -89,6 +89,28 @@ def separate(rows: list[Row], pad: int, device: torch.device | str = "cpu") -> P
 LAYOUTS: dict[str, Callable[..., Packed]] = {"shared": shared, "rows": separate}
 
 
+def scored(
+    rows: list[Row],
+    forward: Callable[[dict[str, Tensor]], Tensor],
+    pad: int,
+    *,
+    tokens: int,
+    device: torch.device | str,
+    even: Callable[[list[list[int]]], list[list[int]]] = lambda parts: parts,
+) -> list[Tensor]:
+    """Per group the (k, h) float32 scores of its responses, on the CPU, one row a response and `tokens` at a time.
+
+    `forward` gives the (n, 1, h) scores of a micro-batch's inputs; `even` may repeat micro-batches, where ranks must
+    run as many.
+    """
+    found: dict[int, Tensor] = {}
+    for part in even(fill(rows, "rows", tokens)):
+        packed = separate([rows[at] for at in part], pad, device)
+        for at, values in zip(part, packed.regroup(forward(packed.inputs)).float().cpu(), strict=True):
+            found[at] = values[: len(rows[at]["responses"])]
+    return [found[at] for at in range(len(rows))]
+
+
 def size(row: Row, layout: str) -> tuple[int, int]:
     """(model rows, tokens of the longest) that a group takes up."""
     lengths = [len(response) for response in row["responses"]]

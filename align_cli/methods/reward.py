@@ -21,7 +21,6 @@ from align_cli.methods import losses, quality
 from align_cli.methods.layout import Row
 from align_cli.model.reward import takes_4d_masks
 
-LOSSES = ("ranking", "pairwise", "plackett-luce", "best-of-k")
 AGREE = 0.05
 """Relative difference of hidden states up to which both layouts count as the same: bfloat16 rounding is 0.01."""
 
@@ -117,7 +116,6 @@ class RankingTrainer(Trainer):
         self.pad = self.processing_class.pad_token_id
         self._total_train_tokens = 0
         self._sums = torch.zeros(4)
-        # bootstrap: which groups each head of an ensemble learns from is the dataset's `heads` column
         self.model_accepts_loss_kwargs = False
 
     # -- scores
@@ -164,9 +162,7 @@ class RankingTrainer(Trainer):
             picked = [rows[at] for at in part]
             with self._synchronizing(model, number == len(parts)), self.compute_loss_context_manager():
                 scores, tokens = self.scores(model, picked)
-                each = (
-                    self.objective(scores, picked).mean(1) if "heads" not in picked[0] else self._masked(scores, picked)
-                )
+                each = self._each(scores, picked)
                 share = weights[part].to(each.device) * real * self.accelerator.num_processes / total
                 value = (each * share).sum()
                 extra = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
@@ -176,8 +172,10 @@ class RankingTrainer(Trainer):
                 self._note(scores.detach(), picked, tokens)
         return loss
 
-    def _masked(self, scores: Tensor, rows: list[Row]) -> Tensor:
-        """(b,) mean over heads of the losses, each head only over the groups that it was drawn."""
+    def _each(self, scores: Tensor, rows: list[Row]) -> Tensor:
+        """(b,) losses, a mean over heads; in an ensemble each head counts a group as often as it drew it."""
+        if "heads" not in rows[0]:
+            return self.objective(scores, rows).mean(1)
         drawn = torch.tensor([row["heads"] for row in rows], device=scores.device, dtype=scores.dtype)
         return (self.objective(scores, rows) * drawn).mean(1)
 

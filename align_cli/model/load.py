@@ -30,7 +30,7 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
             path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
         )
     except Exception as error:  # what a torn tokenizer file raises is anybody's guess
-        raise UpstreamError(f"model.path: {path}: no tokenizer could be loaded ({first_line(error)})") from None
+        raise UpstreamError(f"model.path: {path}: no tokenizer could be loaded ({_first_line(error)})") from None
     if model.chat_template is not None:
         loaded.chat_template = templates.text(model.chat_template)
         known = loaded.get_vocab()
@@ -50,25 +50,30 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str | None = None) -> PreTrainedModel:
-    """The causal language model of `path` (default: the recipe's), its embeddings wide enough for the tokenizer.
-
-    Under ZeRO-3 the training arguments must exist already, or every rank loads the whole model. Raises UpstreamError
-    if it cannot be loaded.
-    """
-    path = path or model.path
+def pretrained(loader: Any, model: Model, path: str, dtype: str, **extra: Any) -> PreTrainedModel:
+    """What `loader.from_pretrained` makes of `path` under the recipe's settings. Raises UpstreamError."""
     attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        return loader.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             trust_remote_code=model.trust_remote_code,
             revision=model.revision or "main",
             use_safetensors=True,
             **attention,
+            **extra,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UpstreamError(f"model.path: {path}: cannot be loaded ({first_line(error)})") from None
+        raise UpstreamError(f"model.path: {path}: cannot be loaded ({_first_line(error)})") from None
+
+
+def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str | None = None) -> PreTrainedModel:
+    """The causal language model of `path` (default: the recipe's), its embeddings wide enough for the tokenizer.
+
+    Under ZeRO-3 the training arguments must exist already, or every rank loads the whole model. Raises UpstreamError
+    if it cannot be loaded.
+    """
+    loaded = pretrained(AutoModelForCausalLM, model, path or model.path, dtype)
     rows = loaded.config.get_text_config().vocab_size
     if rows < len(tok):
         loaded.resize_token_embeddings(len(tok), mean_resizing=True)
@@ -82,6 +87,6 @@ def set_ends(model: Any, ends: list[int]) -> None:
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from align_cli.errors import UpstreamError
 from align_cli.model import kind
-from align_cli.model.load import first_line
+from align_cli.model.load import pretrained
 from align_cli.recipe.sections import Model
 
 HEAD = "score"
@@ -49,20 +49,8 @@ def load(
 
     `heads` None keeps the number that is saved.
     """
-    attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     labels = {} if heads is None else {"num_labels": heads}
-    try:
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=model.trust_remote_code,
-            revision=model.revision or "main",
-            use_safetensors=True,
-            **attention,
-            **labels,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UpstreamError(f"model.path: {path}: cannot be loaded as a reward model ({first_line(error)})") from None
+    loaded = pretrained(AutoModelForSequenceClassification, model, path, dtype, **labels)
     if not isinstance(getattr(loaded, HEAD, None), torch.nn.Linear):
         raise UpstreamError(
             f"model.path: {path}: {type(loaded).__name__} has no linear head named {HEAD}; use a decoder that has one"

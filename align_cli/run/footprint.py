@@ -5,7 +5,6 @@ from __future__ import annotations
 from align_cli.errors import AlignError
 from align_cli.model import kind, memory
 from align_cli.recipe import check as recipe_check
-from align_cli.recipe import places
 from align_cli.recipe.schema import Recipe
 from align_cli.run import devices
 from align_cli.run.upstream import recipe_of, stage_of_run
@@ -17,20 +16,22 @@ def footprint(stage: str, recipe: Recipe, per_device: int, ranks: int) -> tuple[
     if size is None:
         return None, []
     trainable = memory.lora_parameters(size, recipe.lora.r) if recipe.lora else size.parameters
+    # under LoRA, PPO's four roles are adapters of one backbone
+    shared = stage == "ppo" and recipe.lora is not None
     frozen = {"reference": 1} if _holds_reference(stage, recipe) else {}
     if stage in ("ppo", "rloo"):
-        frozen["reward"] = len(recipe.reward) + (recipe.gold is not None)
+        frozen["reward"] = (0 if shared else len(recipe.reward)) + (recipe.gold is not None)
     return size, memory.plan(
         size,
         dtype=resolve_dtype(recipe),
         mixed=bool(recipe.trainer.get("bf16") or recipe.trainer.get("fp16") or devices.gpus()),
-        trainable=trainable,
+        trainable=trainable * (2 if shared else 1),
         zero_stage=recipe.zero.stage,
         world_size=ranks,
         offload_optimizer=recipe.zero.offload_optimizer,
         offload_param=recipe.zero.offload_param,
         frozen=frozen,
-        trained_copies=2 if stage == "ppo" else 1,
+        trained_copies=2 if stage == "ppo" and not shared else 1,
         **_micro_step(stage, recipe, per_device),
         checkpointing=bool(recipe.trainer.get("gradient_checkpointing", devices.gpus() > 0)),
     )
@@ -40,7 +41,7 @@ def _holds_reference(stage: str, recipe: Recipe) -> bool:
     """Whether another, frozen model of the policy's size gives reference log-probabilities."""
     if stage == "dpo":
         return not recipe.method.precompute_reference and bool(recipe.lora is None or recipe.reference)
-    return stage == "ppo" or (stage == "rloo" and recipe.method.beta > 0 and recipe.lora is None)
+    return recipe.lora is None and (stage == "ppo" or (stage == "rloo" and recipe.method.beta > 0))
 
 
 def _micro_step(stage: str, recipe: Recipe, per_device: int) -> dict[str, int]:
@@ -70,7 +71,6 @@ def _size(stage: str, recipe: Recipe, depth: int = 0) -> memory.Sizes | None:
     if held.kind == "missing" and upstream and depth < 4:
         try:
             named = recipe_of(upstream, recipe.model.path)
-            places.find(upstream, named)
             _, above = recipe_check.load(upstream, [f"recipe={named}"])
         except AlignError:
             return None

@@ -22,6 +22,9 @@ from align_cli.stages import training
 from align_cli.stages.job import Job, Outcome, fold_in
 from align_cli.stages.samples import Samples
 
+SCORED_TOKENS = 8192
+"""Tokens that go through a reward model at a time."""
+
 
 def arguments(job: Job, cls: type, **own: Any) -> Any:
     """Training arguments of TRL's online trainers."""
@@ -115,19 +118,21 @@ def text_scorer(job: Job, tokenizer: Any, at_ends: Any) -> Any:
             group = Group(prompt, [[{"role": "assistant", "content": text or " "}]])
             ids, (answer,) = chat.responses(tokenizer, group)
             rows.append({"prompt_ids": ids, "responses": [answer[: max(max_length - len(ids), 1)]]})
-        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        parts = layout.fill(rows, "rows", 8192)
-        found: dict[int, torch.Tensor] = {}
-        for part in _even(parts, job.ranks, device):
-            packed = layout.separate([rows[at] for at in part], tokenizer.pad_token_id, device)
-            for at, values in zip(part, packed.regroup(at_ends(packed.inputs)), strict=True):
-                found[at] = values[0].float()
-        return torch.stack([found[at] for at in range(len(rows))])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = layout.scored(
+            rows,
+            at_ends,
+            tokenizer.pad_token_id,
+            tokens=SCORED_TOKENS,
+            device=device,
+            even=lambda parts: _even(parts, job.ranks, device),
+        )
+        return torch.cat(found)
 
     return score
 
 
-def _even(parts: list[list[int]], ranks: int, device: torch.device) -> list[list[int]]:
+def _even(parts: list[list[int]], ranks: int, device: str) -> list[list[int]]:
     """As many micro-batches on every rank, since each forward pass of ZeRO-3 is a collective."""
     if ranks == 1:
         return parts

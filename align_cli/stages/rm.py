@@ -8,6 +8,7 @@ the prompt held once; `data.batch_size` counts prompts; an ensemble is several h
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -103,7 +104,7 @@ def _drawn(row: dict[str, Any], seeds: list[int]) -> list[int]:
     drawn = []
     for seed in seeds:
         draw, count, product = random.Random(f"{seed} {row['prompt_ids']} {row['responses']}"), 0, 1.0
-        while (product := product * draw.random()) > 1 / 2.718281828459045:
+        while (product := product * draw.random()) > math.exp(-1):
             count += 1
         drawn.append(count)
     return drawn

@@ -177,6 +177,20 @@ def test_a_guard_ends_the_run_and_the_manifest_says_why(folder):
     assert made["metrics"]["steps"] < 400
 
 
+def test_a_guard_takes_the_run_back_to_its_best_checkpoint(folder):
+    said = project.ok(
+        *("ppo", "recipe=t.yaml", "name=back", "trainer.max_steps=400", "trainer.learning_rate=1e-2", "method.beta=0"),
+        *("trainer.save_steps=4", "guards=[{metric: kl, above: 0.5, act: rollback, patience: 2}]"),
+        cwd=folder,
+    )
+    run = folder / "runs/back/ppo"
+    best = said.split("rolled back to ")[1].split()[0]
+    assert "above 0.5" in project.manifest(run)["stopped_by_guard"]
+    kept = project.weights(folder / best)
+    final = project.weights(run)
+    assert final and all(torch.equal(tensor, kept[name]) for name, tensor in final.items())
+
+
 @pytest.mark.slow
 def test_ptx_rows_are_trained_beside(folder):
     project.ok("ppo", "recipe=t.yaml", "name=ptx", "method.ptx=sft.jsonl", "method.ptx_coef=5", cwd=folder)
@@ -241,15 +255,15 @@ def test_both_adapters_get_their_own_gradient(adapters, folder, checkpointing):
     from align_cli.model.shared import POLICY, VALUE, SharedBackbone
     from align_cli.recipe.sections import Lora, Model
 
-    named = Model(path=str(folder / "models/tiny"))
+    named, run = Model(path=str(folder / "models/tiny")), str(folder / "runs/lora/rm")
     tokenizer = load.tokenizer(named)
-    run = str(folder / "runs/lora/rm")
+    ids = tokenizer("name colours 3 red gold blue", return_tensors="pt")["input_ids"]
 
-    def gradients(checkpointed):
+    def gradients(*roles, checkpointed=False):
+        """Norms of the adapters' gradients after the losses of these roles, one after the other."""
         torch.manual_seed(0)
-        shared = SharedBackbone(
-            load.policy(named, tokenizer, dtype="float32"), peft_config(Lora(r=4)), reward=run, value=run
-        )
+        policy = load.policy(named, tokenizer, dtype="float32")
+        shared = SharedBackbone(policy, peft_config(Lora(r=4)), reward=run, value=run)
         for name, parameter in shared.model.named_parameters():
             if f"lora_B.{POLICY}" in name:
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
@@ -257,38 +271,18 @@ def test_both_adapters_get_their_own_gradient(adapters, folder, checkpointing):
             shared.model.gradient_checkpointing_enable()
             shared.model.enable_input_require_grads()
         shared.model.train()
-        ids = tokenizer("name colours 3 red gold blue", return_tensors="pt")["input_ids"]
-        shared.model(input_ids=ids, labels=ids).loss.backward()
-        with shared.role(VALUE):
-            shared.scores(VALUE, ids, torch.ones_like(ids)).square().mean().backward()
-        found = {name: p.grad for name, p in shared.model.named_parameters() if p.grad is not None}
-        assert {role for role in (POLICY, VALUE, "reward") if any(f".{role}." in name for name in found)} == {
-            POLICY,
-            VALUE,
-        }
-        return {role: sum(g.norm() for name, g in found.items() if f".{role}." in name) for role in (POLICY, VALUE)}
-
-    def alone(role):
-        """The same gradient from a model that holds nothing but that adapter's loss."""
-        torch.manual_seed(0)
-        shared = SharedBackbone(
-            load.policy(named, tokenizer, dtype="float32"), peft_config(Lora(r=4)), reward=run, value=run
-        )
-        for name, parameter in shared.model.named_parameters():
-            if f"lora_B.{POLICY}" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
-        ids = tokenizer("name colours 3 red gold blue", return_tensors="pt")["input_ids"]
-        if role == POLICY:
+        if POLICY in roles:
             shared.model(input_ids=ids, labels=ids).loss.backward()
-        else:
+        if VALUE in roles:
             with shared.role(VALUE):
                 shared.scores(VALUE, ids, torch.ones_like(ids)).square().mean().backward()
-        grads = {name: p.grad for name, p in shared.model.named_parameters() if p.grad is not None}
-        return sum(g.norm() for name, g in grads.items() if f".{role}." in name)
+        found = {name: p.grad.norm() for name, p in shared.model.named_parameters() if p.grad is not None}
+        assert not any(".reward" in name for name in found)
+        return {role: float(sum(norm for name, norm in found.items() if f".{role}." in name)) for role in roles}
 
-    both = gradients(checkpointing)
+    both = gradients(POLICY, VALUE, checkpointed=checkpointing)
     for role in (POLICY, VALUE):
-        assert both[role].item() == pytest.approx(alone(role).item(), rel=1e-5), role
+        assert both[role] == pytest.approx(gradients(role)[role], rel=1e-5), role
         assert both[role] > 0
 
 

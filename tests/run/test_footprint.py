@@ -1,0 +1,42 @@
+"""What a rank is planned to hold, by stage: how many models, trained and frozen."""
+
+import pytest
+
+from align_cli.recipe.check import load
+from align_cli.run.footprint import footprint
+
+
+def held(stage, *words):
+    """Bytes by part, in parameters of 4 bytes where nothing else is said."""
+    recipe = load(stage, [*words, "model.dtype=float32"])[1]
+    return {part.name: part.bytes / 4 for part in footprint(stage, recipe, 1, 1)[1]}
+
+
+P = 7.24e9
+ZERO = ("zero=none",)
+
+
+@pytest.mark.parametrize(
+    ("stage", "recipe", "words", "weights", "frozen"),
+    [
+        ("sft", "zephyr", (), 1, {}),
+        ("rm", "instructgpt", (), 1, {}),
+        ("dpo", "zephyr", (), 1, {"reference": 1}),
+        ("dpo", "zephyr", ("lora=r16",), 1, {}),
+        ("ppo", "instructgpt", (), 2, {"reference": 1, "reward": 1}),
+        ("ppo", "instructgpt", ("gold={path: runs/g/rm}",), 2, {"reference": 1, "reward": 2}),
+        ("ppo", "instructgpt", ("lora=r16",), 1, {}),
+        ("rloo", "hh", (), 1, {"reference": 1, "reward": 1}),
+        ("rloo", "hh", ("lora=r16",), 1, {"reward": 1}),
+        ("rloo", "hh", ("method.beta=0",), 1, {"reward": 1}),
+    ],
+)
+def test_models_held(here, stage, recipe, words, weights, frozen):
+    found = held(stage, f"recipe={recipe}", *ZERO, *words)
+    assert found["weights"] == pytest.approx(weights * P)
+    assert {name: found[name] / P for name in ("reference", "reward") if name in found} == pytest.approx(frozen)
+
+
+def test_one_backbone_trains_two_adapters(here):
+    alone = held("rloo", "recipe=hh", *ZERO, "lora=r16")["gradients"]
+    assert held("ppo", "recipe=instructgpt", *ZERO, "lora=r16")["gradients"] == pytest.approx(2 * alone)
