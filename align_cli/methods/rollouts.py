@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, TrainerCallback
+from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
 
-from align_cli.methods.sampling import SeededSampling, row_seed
+from align_cli.methods.sampling import Sampler, respond, row_seed
 
 Scorer = Callable[[list[Any], list[str]], Tensor]
 """(prompts, responses as text) -> (b, n) scores, n > 1 for an ensemble."""
@@ -55,18 +55,6 @@ class Reward:
         return self.weight * one, spread
 
 
-@dataclass
-class Sampler:
-    """How responses are sampled."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    batch: int = 64
-    """Prompts that are answered at a time."""
-
-
 class Rollouts:
     """Mixin; `prepare_rollouts` is to be called once the trainer is built."""
 
@@ -99,9 +87,6 @@ class Rollouts:
         first = self.accelerator.process_index * len(prompt_ids)
         stream = self.state.global_step if self.model.training else -1 - self.state.global_step
         seeds = [row_seed(self.args.seed, stream, first + at) for at in range(len(prompt_ids))]
-        responses: list[list[int]] = [[]] * len(prompt_ids)
-        # neighbours of like length, so that little is padding
-        order = sorted(range(len(prompt_ids)), key=lambda at: len(prompt_ids[at]))
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -109,40 +94,18 @@ class Rollouts:
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            torch.no_grad(),
             self.accelerator.autocast(),
         ):
-            training = model.training
-            model.eval()
-            for start in range(0, len(order), self.sampler.batch):
-                part = order[start : start + self.sampler.batch]
-                found = self._sample(model, [prompt_ids[at] for at in part], [seeds[at] for at in part])
-                for at, response in zip(part, found, strict=True):
-                    responses[at] = response
-            model.train(training)
+            responses = respond(
+                model,
+                prompt_ids,
+                seeds,
+                sampler=self.sampler,
+                ends=self.eos_token_ids,
+                pad=self._tokenizer.pad_token_id,
+            )
         self.clock["rollout"] += time.perf_counter() - started
         return responses, None
-
-    def _sample(self, model: Any, prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        p, pad = max(map(len, prompts)), self._tokenizer.pad_token_id
-        device = self.accelerator.device
-        ids = torch.tensor([[pad] * (p - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (p - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        settings = {"max_new_tokens": self.sampler.max_new_tokens, "do_sample": False, "use_cache": True}
-        config = GenerationConfig(**settings, eos_token_id=self.eos_token_ids, pad_token_id=pad, disable_compile=True)
-        choose = SeededSampling(
-            seeds,
-            temperature=self.sampler.temperature,
-            top_p=self.sampler.top_p,
-            top_k=self.sampler.top_k,
-            start=p,
-        )
-        made = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([choose])
-        )[:, p:].tolist()
-        ends = set(self.eos_token_ids)
-        cut = [next((at + 1 for at, token in enumerate(row) if token in ends), len(row)) for row in made]
-        return [row[:end] for row, end in zip(made, cut, strict=True)]
 
     # -- scores
 

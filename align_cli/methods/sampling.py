@@ -9,12 +9,76 @@ Shapes: b rows, v vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 WORD = 0xFFFFFFFF
+
+
+@dataclass
+class Sampler:
+    """How responses are sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch: int = 64
+    """Prompts that are answered at a time."""
+    greedy: bool = False
+    """The most probable token each time; temperature, top_p and top_k mean nothing then."""
+
+
+@torch.no_grad()
+def respond(
+    model: Any,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    *,
+    sampler: Sampler,
+    ends: Sequence[int],
+    pad: int,
+) -> list[list[int]]:
+    """A response's token ids for every prompt's, up to and with the first token of `ends`; row i is drawn by seeds[i].
+
+    Prompts of like length are answered together, `sampler.batch` at a time, so that little is padding.
+    """
+    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+    found: list[list[int]] = [[]] * len(prompts)
+    training = model.training
+    model.eval()
+    for start in range(0, len(order), sampler.batch):
+        part = order[start : start + sampler.batch]
+        made = _generate(model, [prompts[at] for at in part], [seeds[at] for at in part], sampler, ends, pad)
+        for at, response in zip(part, made, strict=True):
+            found[at] = response
+    model.train(training)
+    return found
+
+
+def _generate(
+    model: Any, prompts: list[list[int]], seeds: list[int], sampler: Sampler, ends: Sequence[int], pad: int
+) -> list[list[int]]:
+    p = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (p - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (p - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    settings = {"max_new_tokens": sampler.max_new_tokens, "do_sample": False, "use_cache": True}
+    config = GenerationConfig(**settings, eos_token_id=list(ends), pad_token_id=pad, disable_compile=True)
+    choose = SeededSampling(seeds, temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k, start=p)
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([] if sampler.greedy else [choose]),
+    )[:, p:].tolist()
+    cut = [next((at + 1 for at, token in enumerate(row) if token in ends), len(row)) for row in made]
+    return [row[:end] for row, end in zip(made, cut, strict=True)]
 
 
 def row_seed(*parts: int) -> int:

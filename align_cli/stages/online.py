@@ -14,7 +14,8 @@ from align_cli.data import chat
 from align_cli.data.groups import Count, Group, read_groups
 from align_cli.methods import layout
 from align_cli.methods.guards import Guards
-from align_cli.methods.rollouts import BetweenRollouts, Reward, Sampler
+from align_cli.methods.rollouts import BetweenRollouts, Reward
+from align_cli.methods.sampling import Sampler
 from align_cli.model import kind, load, reward
 from align_cli.recipe.schema import OnlineRecipe
 from align_cli.recipe.sections import Model
