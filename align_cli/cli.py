@@ -18,6 +18,8 @@ STAGE_HELP = {
     "ppo": "Reinforcement learning from a reward model, with a value function and KL to the reference.",
     "rloo": "Reinforcement learning from a reward model, other samples of the prompt as baseline.",
     "dpo": "Direct preference optimization on pairs or rankings.",
+    "orpo": "Odds ratio preference optimization: no reference, no SFT before it.",
+    "simpo": "Simple preference optimization: length-normalised, no reference; any mixture of losses.",
 }
 # `--beta=3` is passed on, so that the answer can be "write beta=3"
 PASS_ON = {"ignore_unknown_options": True}

@@ -40,6 +40,17 @@ class Packed:
         grouped[self.there] = values[:, 0]
         return grouped
 
+    def predicting(self, rows: list[Row]) -> Tensor:
+        """(n, t) where the next token belongs to the same response: every token of a response but the last."""
+        asked = torch.zeros(self.inputs["input_ids"].shape, dtype=torch.bool)
+        ends, lengths = self.inputs["ends"].tolist(), [[len(response) for response in row["responses"]] for row in rows]
+        if self.inputs["ends"].shape != self.there.shape:  # a response a row
+            lengths = [[length] for group in lengths for length in group]
+        for at, (lasts, counts) in enumerate(zip(ends, lengths, strict=True)):
+            for last, count in zip(lasts, counts, strict=False):
+                asked[at, last - count + 1 : last] = True
+        return asked.to(self.there.device)
+
 
 def shared(rows: list[Row], pad: int, device: torch.device | str = "cpu") -> Packed:
     """One row a group, the prompt held once."""

@@ -96,7 +96,7 @@ def scoring(model: PreTrainedModel) -> PreTrainedModel:
             return plain(input_ids=input_ids, **inputs)
         given = {key: inputs[key] for key in ("attention_mask", "position_ids") if inputs.get(key) is not None}
         trunk = getattr(self, self.base_model_prefix)
-        states = trunk(input_ids=input_ids, use_cache=False, **_masked(self, given)).last_hidden_state
+        states = trunk(input_ids=input_ids, use_cache=False, **masked(self, given)).last_hidden_state
         picked = states.gather(1, ends.unsqueeze(2).expand(-1, -1, states.shape[2]))
         if hidden:
             return picked.float()
@@ -108,7 +108,7 @@ def scoring(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _masked(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def masked(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same inputs, a 4-D mask of booleans made additive where attention adds it to its logits."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 4 or model.config._attn_implementation == "sdpa":

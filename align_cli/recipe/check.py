@@ -94,10 +94,13 @@ def json_schema(stage: str) -> dict[str, Any]:
     schema["required"] = [
         key for key in schema.get("required", []) if key not in ("name", "run_dir", "model", "data", "reward")
     ]
-    for key, field in Recipe.__pydantic_fields__.items():
+    method = _adapter_type(STAGES[stage], "method")
+    for section, block in ((STAGES[stage], schema), (method, schema["$defs"].get(method.__name__, {}))):
         # pydantic loses the docstrings of inherited fields
-        if key in schema["properties"] and field.description:
-            schema["properties"][key].setdefault("description", field.description)
+        for base in section.__mro__:
+            for key, field in vars(base).get("__pydantic_fields__", {}).items():
+                if key in block.get("properties", {}) and field.description:
+                    block["properties"][key].setdefault("description", field.description)
     for section in ("Model", "Data"):
         # a config group may bring what the file does not say
         schema["$defs"][section].pop("required", None)

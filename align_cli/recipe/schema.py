@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from align_cli.recipe.online import Generation, Guard, PpoMethod, Rewards, RlooMethod, online_rules
+from align_cli.recipe.preferences import OrpoMethod, SimpoMethod, pair_rules
 from align_cli.recipe.sections import (
     Count,
     Data,
@@ -165,6 +166,31 @@ class DpoRecipe(Recipe):
 
 
 @section
+class PairRecipe(Recipe):
+    """Stages whose loss is a function of a pair's log-probabilities."""
+
+    reference: OtherModel | None = None
+    """For losses that compare with one; default: the starting policy."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from pair_rules(self.method, self.reference, self.data)
+
+
+@section
+class OrpoRecipe(PairRecipe):
+    """align orpo"""
+
+    method: OrpoMethod = Field(default_factory=OrpoMethod)
+
+
+@section
+class SimpoRecipe(PairRecipe):
+    """align simpo"""
+
+    method: SimpoMethod = Field(default_factory=SimpoMethod)
+
+
+@section
 class RmRecipe(Recipe):
     """align rm"""
 
@@ -229,6 +255,8 @@ STAGES: dict[str, type[Recipe]] = {
     "ppo": PpoRecipe,
     "rloo": RlooRecipe,
     "dpo": DpoRecipe,
+    "orpo": OrpoRecipe,
+    "simpo": SimpoRecipe,
 }
 """Every stage that a recipe can be written for."""
 

@@ -21,8 +21,10 @@ CONFIGS = {
     "ppo": ("trainer/grpo_config.py", "GRPOConfig"),
     "rloo": ("trainer/rloo_config.py", "RLOOConfig"),
     "dpo": ("trainer/dpo_config.py", "DPOConfig"),
+    "orpo": (None, "TrainingArguments"),
+    "simpo": (None, "TrainingArguments"),
 }
-"""Stage -> the TRL config whose fields `trainer:` may set."""
+"""Stage -> the config whose fields `trainer:` may set: TRL's file and class, or transformers' own."""
 
 OWNED: dict[str, str | None] = {
     "output_dir": "run_dir",
@@ -68,6 +70,13 @@ ONLINE: dict[str, str | None] = {
     "ref_model_sync_steps": None,
 }
 """Fields of TRL's online trainers that our sections stand for."""
+
+PAIRS: dict[str, str | None] = {
+    "per_device_eval_batch_size": "method.batch_tokens",
+    "auto_find_batch_size": "method.batch_tokens",
+    "label_smoothing_factor": "method.label_smoothing",
+}
+"""The same, for stages whose steps are cut by tokens."""
 
 STAGE_OWNED: dict[str, dict[str, str | None]] = {
     "sft": {
@@ -117,6 +126,8 @@ STAGE_OWNED: dict[str, dict[str, str | None]] = {
         "ref_model_mixup_alpha": None,
         "ref_model_sync_steps": None,
     },
+    "orpo": PAIRS | {"label_smoothing_factor": None},
+    "simpo": PAIRS,
 }
 """The same, for the fields of one stage's config."""
 
@@ -166,11 +177,9 @@ def fields(stage: str) -> dict[str, TrainerField]:
     """Name -> field of the stage's TRL config, inherited ones included."""
     relative, name = CONFIGS[stage]
     found: dict[str, TrainerField] = {}
-    sources = [
-        ("transformers", "training_args.py", "TrainingArguments"),
-        ("trl", "trainer/base_config.py", "_BaseConfig"),
-        ("trl", relative, name),
-    ]
+    sources = [("transformers", "training_args.py", "TrainingArguments")]
+    if relative is not None:
+        sources += [("trl", "trainer/base_config.py", "_BaseConfig"), ("trl", relative, name)]
     for package, file, cls in sources:
         for node in _class(_module(package, file), cls).body:
             if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):

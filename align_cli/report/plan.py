@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,9 @@ def show(plan: Plan, console: Console) -> None:
     if recipe.lora:
         rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
     if hasattr(recipe, "reference"):
-        rows.append(("reference", recipe.reference.path if recipe.reference else "the policy as it starts"))
+        held = getattr(recipe.method, "needs_reference", lambda: True)()
+        named = recipe.reference.path if recipe.reference else "the policy as it starts"
+        rows.append(("reference", named if held else "none, since no loss compares with one"))
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
         if isinstance(value, list):
@@ -68,12 +70,14 @@ def show(plan: Plan, console: Console) -> None:
 
 def _settings(section: object) -> str:
     shown = [(field.name, getattr(section, field.name)) for field in fields(section)]
-    return ", ".join(f"{name} {_plain(value)}" for name, value in shown if value is not None)
+    return ", ".join(f"{name} {_plain(value)}" for name, value in shown if value not in (None, []))
 
 
 def _plain(value: object) -> str:
     if isinstance(value, list):
-        return "+".join(map(str, value))
+        return "+".join(map(_plain, value))
+    if is_dataclass(value):
+        return f"({_settings(value)})"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

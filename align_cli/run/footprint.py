@@ -39,6 +39,8 @@ def footprint(stage: str, recipe: Recipe, per_device: int, ranks: int) -> tuple[
 
 def _holds_reference(stage: str, recipe: Recipe) -> bool:
     """Whether another, frozen model of the policy's size gives reference log-probabilities."""
+    if stage in ("orpo", "simpo"):
+        return recipe.method.needs_reference() and bool(recipe.lora is None or recipe.reference)
     if stage == "dpo":
         return not recipe.method.precompute_reference and bool(recipe.lora is None or recipe.reference)
     return recipe.lora is None and (stage == "ppo" or (stage == "rloo" and recipe.method.beta > 0))
@@ -46,7 +48,7 @@ def _holds_reference(stage: str, recipe: Recipe) -> bool:
 
 def _micro_step(stage: str, recipe: Recipe, per_device: int) -> dict[str, int]:
     """Rows and tokens a row that go through the model at a time."""
-    if stage == "rm":
+    if stage in ("rm", "orpo", "simpo"):
         return {"rows": 1, "tokens": recipe.method.batch_tokens or memory.batch_tokens(devices.gpus() > 0)}
     return {"rows": per_device * (2 if stage == "dpo" else 1), "tokens": recipe.data.max_length}
 

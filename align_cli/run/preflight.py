@@ -25,7 +25,15 @@ from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import footprint
 from align_cli.run.upstream import backbone_problems, policy_problems, recipe_of, reward_problems, stage_of_run
 
-NEEDS = {"sft": "demonstrations", "rm": "preferences", "ppo": "prompts", "rloo": "prompts", "dpo": "preferences"}
+NEEDS = {
+    "sft": "demonstrations",
+    "rm": "preferences",
+    "ppo": "prompts",
+    "rloo": "prompts",
+    "dpo": "preferences",
+    "orpo": "preferences",
+    "simpo": "preferences",
+}
 """What each stage asks of its rows."""
 
 OTHERS = ("reference",)

@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import math
+import platform
 import random
+import resource
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -193,11 +195,20 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
     if stop.received is not None:
         return {}, stop.received
     final = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "epochs": trainer.state.epoch}
+    final |= {"seconds": round(result.metrics["train_runtime"], 1), "peak_memory_mib": _peak_memory()}
     final |= metrics.last
     if trainer.eval_dataset is not None:
         trainer.evaluate()
         final |= metrics.last
     return {key: value for key, value in final.items() if key not in ("step", "epoch") and _finite(value)}, None
+
+
+def _peak_memory() -> int:
+    """The most that this process has held so far, in MiB: of its GPU, or of main memory without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most >> (10 if platform.system() == "Linux" else 20)
 
 
 def _finite(value: Any) -> bool:

@@ -68,7 +68,15 @@ def raw(key):
 
 
 SHIPPED = sorted(places.listing())
-PUBLISHED = {"sft": "zephyr", "rm": "llama3-8b", "ppo": "instructgpt", "rloo": "hh", "dpo": "zephyr"}
+PUBLISHED = {
+    "sft": "zephyr",
+    "rm": "llama3-8b",
+    "ppo": "instructgpt",
+    "rloo": "hh",
+    "dpo": "zephyr",
+    "orpo": "mistral-7b",
+    "simpo": "llama3-8b-instruct",
+}
 """A recipe of each stage that uses config groups or hub ids."""
 
 
@@ -130,7 +138,8 @@ def test_a_docstring_stands_under_every_field(stage):
         for name, field in section.__pydantic_fields__.items():
             inner = section_in(field.annotation)
             # a section says by its own docstring what it is for; the keys of every stage say it in Recipe
-            told = field.description or (name in common and common[name].description)
+            bases = [vars(base).get("__pydantic_fields__", {}) for base in section.__mro__]
+            told = any(fields[name].description for fields in [common, *bases] if name in fields)
             assert told or (inner and inner.__doc__), f"{section.__name__}.{name}"
             seen.append(name)
             if inner:

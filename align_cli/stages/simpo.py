@@ -1,0 +1,17 @@
+"""align simpo: simple preference optimization, -log σ(β(l̄p_w - l̄p_l) - γ), without a reference.
+
+    align simpo recipe=demo.yaml
+
+arXiv 2405.14734, eq. 6; l̄p is the mean log-probability a token, and recipes give γ/β, as the paper's table does. Other
+losses can be mixed in under `method.also`.
+"""
+
+from __future__ import annotations
+
+from align_cli.stages import preference
+from align_cli.stages.job import Job, Outcome
+
+
+def run(job: Job) -> Outcome:
+    """Train, answer the samples before and after, save. Returns the metrics and the row counts."""
+    return preference.train(job)
