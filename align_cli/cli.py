@@ -17,9 +17,11 @@ STAGE_HELP = {
     "rm": "A reward model from rankings.",
     "ppo": "Reinforcement learning from a reward model, with a value function and KL to the reference.",
     "rloo": "Reinforcement learning from a reward model, other samples of the prompt as baseline.",
+    "grpo": "Reinforcement learning from reward models or checked answers, scaled within a prompt's samples.",
     "dpo": "Direct preference optimization on pairs or rankings.",
     "orpo": "Odds ratio preference optimization: no reference, no SFT before it.",
     "simpo": "Simple preference optimization: length-normalised, no reference; any mixture of losses.",
+    "kto": "Kahneman-Tversky optimization from responses labelled good or bad.",
 }
 # `--beta=3` is passed on, so that the answer can be "write beta=3"
 PASS_ON = {"ignore_unknown_options": True}

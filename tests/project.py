@@ -2,8 +2,10 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import tiny
@@ -63,6 +65,18 @@ def start(*words: str, cwd: Path, **kwargs) -> subprocess.Popen:
         text=True,
         **kwargs,
     )
+
+
+def kill_after_a_checkpoint(*words: str, run: Path, cwd: Path, wait: float = 0.0) -> None:
+    """Start a command and end it by SIGKILL, `wait` seconds after the run has its first whole checkpoint."""
+    process, until = start(*words, cwd=cwd), time.monotonic() + 180
+    while not list(run.glob("checkpoints/checkpoint-*/complete")) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(wait)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "manifest.json").exists()
 
 
 def ok(*words: str, cwd: Path) -> str:

@@ -34,7 +34,7 @@ class Count:
     shared: bool = False
     """Whether the recipe names the same path more than once, so that the path alone does not tell which this is."""
     pairs: dict[str, int] = field(default_factory=dict)
-    """Pairs that the rows used give, by `method.pairs`; for preferences."""
+    """Pairs that the rows used give, by `method.pairs`, or labelled responses, by `method.split`."""
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class Count:
         return f"{self.source} as {self.key}" if self.shared else self.source
 
     def elements(self, how: str) -> int:
-        """What a trainer counts as rows: pairs, for preferences."""
+        """What a trainer counts as rows: pairs, for preferences; single responses, for labels."""
         return self.pairs.get(how, self.rows_used)
 
     def lines(self) -> list[str]:

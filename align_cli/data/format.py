@@ -39,6 +39,8 @@ class Group:
     """A soft label: how probable it is that the first of two responses is the better one, 0.5 to 1."""
     count: Count | None = field(default=None, compare=False, repr=False)
     """Of its source's rows; a group that is dropped on the way to tokens is entered there."""
+    cells: Row = field(default_factory=dict, compare=False, repr=False)
+    """Other columns of the row that were asked for."""
 
 
 WANTS: dict[str, tuple[str, ...]] = {
@@ -65,7 +67,7 @@ SERVES: dict[Need, tuple[str, ...]] = {
         *("hh", "preference", "implicit-prompt"),
     ),
     "preferences": ("scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
-    "labels": ("kto",),
+    "labels": ("kto", "scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
     "prompts": ("hh", "alpaca", "prompt", "sharegpt", "messages", "implicit-prompt"),
 }
 """Need -> the formats that serve it, in the order in which they are tried. Files often fit several: with
@@ -73,7 +75,7 @@ ultrafeedback's prompt, chosen, rejected and messages, SFT takes messages and DP
 NEEDS: dict[Need, str] = {
     "demonstrations": "messages, conversations, prompt and completion, or instruction and output",
     "preferences": "chosen and rejected, or responses",
-    "labels": "prompt, completion and label",
+    "labels": "prompt, completion and label, or the columns of preferences",
     "prompts": "prompt, messages or instruction",
 }
 
@@ -139,7 +141,7 @@ def _fits(name: str, columns: Row, need: Need) -> bool:
             return pair and (turns.is_hh(columns["chosen"]) or turns.is_hh(columns.get("prompt")))
         case "implicit-prompt":
             return pair and "prompt" not in columns and isinstance(columns["chosen"], list)
-        case "sharegpt" if need == "preferences":
+        case "sharegpt" if need in ("preferences", "labels"):
             return pair and "conversations" in columns
         case "kto":
             return _has(columns, *WANTS["kto"]) and turns.truth(columns["label"]) is not None
@@ -153,7 +155,7 @@ def _named(name: str, columns: Row, need: Need) -> str:
     wants = WANTS[name]
     if name == "scored" and "responses" not in columns and "chosen" in columns:
         wants = SCORED_PAIR
-    if name == "sharegpt" and need == "preferences":
+    if name == "sharegpt" and need in ("preferences", "labels"):
         wants = (*wants, "chosen", "rejected")
     if need == "prompts":
         wants = tuple(column for column in wants if column in (*QUESTIONS, "messages", "conversations", "chosen"))[:1]
@@ -185,7 +187,9 @@ def to_group(row: Row, place: str, name: str, need: Need, drop_empty: bool = Fal
         if drop_empty:
             raise Dropped("empty response", str(error)) from None
         raise Broken(f"{error} is empty; remove the row or set data.drop_empty=true") from None
-    return _ordered(draft, place, need, _probability(row, draft) if need == "preferences" else None)
+    # a ranking gives labels, too: its best response is a good one
+    compared = need == "preferences" or (need == "labels" and draft.label is None)
+    return _ordered(draft, place, compared, _probability(row, draft) if compared else None)
 
 
 def _probability(row: Row, draft: turns.Draft) -> float | None:
@@ -219,8 +223,8 @@ def _check_response(response: list[Message], name: str) -> None:
         raise Dropped(f"the response does not {which} with an assistant turn", response[-1]["content"])
 
 
-def _ordered(draft: turns.Draft, place: str, need: Need, probability: float | None = None) -> Group:
-    """The group with its responses best first and, for preferences, without repeated ones. Raises Dropped."""
+def _ordered(draft: turns.Draft, place: str, compared: bool, probability: float | None = None) -> Group:
+    """The group with its responses best first and, where they are compared, without repeated ones. Raises Dropped."""
     order = list(range(len(draft.responses)))
     if probability is not None and probability < 0.5:
         order, probability = [1, 0], 1 - probability
@@ -231,7 +235,7 @@ def _ordered(draft: turns.Draft, place: str, need: Need, probability: float | No
     text = draft.prompt[-1]["content"]
     if not order:
         raise Dropped("no response", text)
-    if need == "preferences":
+    if compared:
         if len(order) == 1:
             raise Dropped("a single response", text)
         distinct: list[int] = []

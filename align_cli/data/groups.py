@@ -6,7 +6,7 @@ example. Rows used are counted before the split and the weights, so a weight of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -15,12 +15,22 @@ from align_cli.data.count import Count
 from align_cli.data.format import Group, Need, recognise, to_group
 from align_cli.data.kinds import note_kinds, text_columns
 from align_cli.data.load import Report, fingerprint, is_local, read_rows, refuse
-from align_cli.data.split import canonical, content, hashed, interleaved, preference_pairs, share, smallest, weighted
+from align_cli.data.split import (
+    canonical,
+    content,
+    hashed,
+    interleaved,
+    labelled,
+    preference_pairs,
+    share,
+    smallest,
+    weighted,
+)
 from align_cli.data.turns import Broken, Dropped, Message
-from align_cli.errors import DataError, raise_all
+from align_cli.errors import DataError, did_you_mean, raise_all
 from align_cli.recipe.sections import Data, Source
 
-__all__ = ["Count", "Group", "Groups", "Message", "Need", "check_sources", "preference_pairs"]
+__all__ = ["Count", "Group", "Groups", "Message", "Need", "check_sources", "labelled", "preference_pairs"]
 __all__ += ["read_groups", "stream_eval", "stream_groups"]
 
 SAMPLE = 64
@@ -30,6 +40,7 @@ LINES = 20
 STREAMED_EVAL = 512
 """Most groups that a fraction holds out for evaluation while streaming."""
 PAIRINGS = ("best-worst", "adjacent", "all")
+LABELLINGS = ("best-worst", "best-rest")
 CHECKED = 64 << 20
 """Bytes of a file that `align check` reads."""
 
@@ -61,10 +72,11 @@ class Problems:
         return self.found + ([f"{self.path}: … and {more} more"] if more else [])
 
 
-def read_groups(data: Data, need: Need, seed: int) -> Groups:
-    """All groups in memory, split and weighted. Raises DataError with every problem of every source."""
+def read_groups(data: Data, need: Need, seed: int, cells: Sequence[str] = ()) -> Groups:
+    """All groups in memory, split and weighted, with the named columns of their rows. Raises DataError with every
+    problem of every source."""
     lines, counts = _fraction_lines(data), _counts(data)
-    train = [_read_source(*of, data, need, lines) for of in zip(data.train, counts, strict=False)]
+    train = [_read_source(*of, data, need, lines, cells) for of in zip(data.train, counts, strict=False)]
     evals = [_read_source(*of, data, need, lines) for of in zip(_eval_sources(data), counts[len(train) :], strict=True)]
     raise_all(DataError, lines)
 
@@ -119,7 +131,9 @@ def stream_eval(data: Data, need: Need, seed: int, counts: list[Count]) -> list[
     raise DataError(f"data.eval: {data.eval:g} of the prompts is none here; raise it or name an eval source")
 
 
-def check_sources(data: Data, need: Need, *, max_bytes: int = CHECKED) -> tuple[list[str], list[Count]]:
+def check_sources(
+    data: Data, need: Need, *, cells: Sequence[str] = (), max_bytes: int = CHECKED
+) -> tuple[list[str], list[Count]]:
     """Every problem, one line each, and the counts; hub ids are not touched.
 
     At most `max_bytes` of each file are looked at, and `Count.partial` says where that was not all of it. The
@@ -132,7 +146,7 @@ def check_sources(data: Data, need: Need, *, max_bytes: int = CHECKED) -> tuple[
         path = Path(source.path).expanduser()
         whole = sum(file.stat().st_size for file in _files(path)) <= max_bytes
         problems, count.partial = Problems(source), not whole
-        for group in _groups_of(source, data, need, count, problems, None if whole else max_bytes):
+        for group in _groups_of(source, data, need, count, problems, None if whole else max_bytes, cells):
             if len(prompts) < 2:
                 prompts.add(canonical(group.prompt))
         if path.exists():  # of all bytes, or a finished run of a large file would never be found unchanged
@@ -145,7 +159,13 @@ def check_sources(data: Data, need: Need, *, max_bytes: int = CHECKED) -> tuple[
 
 
 def _groups_of(
-    source: Source, data: Data, need: Need, count: Count, report: Report, max_bytes: int | None = None
+    source: Source,
+    data: Data,
+    need: Need,
+    count: Count,
+    report: Report,
+    max_bytes: int | None = None,
+    cells: Sequence[str] = (),
 ) -> Iterator[Group]:
     """Groups of a source in its order; fills `count`, and reports what is broken."""
     broken = Problems(source)
@@ -165,6 +185,11 @@ def _groups_of(
     except Broken as error:
         tell(f"{source.path}: {error}")
         return
+    names = list(dict.fromkeys(name for _, row in sample for name in row))
+    if absent := [name for name in cells if name not in names]:
+        near = did_you_mean(absent[0], names)
+        tell(f"{source.path}: no column '{absent[0]}' to compare responses with (has {', '.join(names)}){near}")
+        return
     drop_empty = data.drop_empty if data.drop_empty is not None else count.format == "hh"
     columns, kinds = text_columns(count.format, need), {}
     for place, row in chain(sample, rows):
@@ -172,6 +197,10 @@ def _groups_of(
         try:
             note_kinds(row, place, columns, kinds)
             group = to_group(row, place, count.format, need, drop_empty)
+            if missing := [name for name in cells if row.get(name) is None]:
+                raise Broken(
+                    f"'{missing[0]}' is missing, which responses are to be compared with; mend or remove the row"
+                )
         except Dropped as dropped:
             count.drop(place, dropped)
         except Broken as error:
@@ -181,9 +210,12 @@ def _groups_of(
             if need == "preferences":
                 for how in PAIRINGS:
                     count.pairs[how] = count.pairs.get(how, 0) + len(preference_pairs(group, how))
-            if need == "preferences" and "responses" in columns and isinstance(row.get("responses"), list):
+            elif need == "labels":
+                for how in LABELLINGS:
+                    count.pairs[how] = count.pairs.get(how, 0) + len(labelled(group, how))
+            if need in ("preferences", "labels") and "responses" in columns and isinstance(row.get("responses"), list):
                 count.repeated += len(row["responses"]) - len(group.responses)
-            yield replace(group, count=count)
+            yield replace(group, count=count, cells={name: row[name] for name in cells})
     for line in count.too_many_dropped(data.max_dropped):
         tell(line)
 
@@ -199,10 +231,12 @@ def _counts(data: Data) -> list[Count]:
     ]
 
 
-def _read_source(source: Source, count: Count, data: Data, need: Need, lines: list[str]) -> list[Group]:
+def _read_source(
+    source: Source, count: Count, data: Data, need: Need, lines: list[str], cells: Sequence[str] = ()
+) -> list[Group]:
     """Groups of a whole source; fills its count and adds its problems to `lines`."""
     problems = Problems(source)
-    groups = list(_groups_of(source, data, need, count, problems))
+    groups = list(_groups_of(source, data, need, count, problems, cells=cells))
     if not problems.total:
         count.fingerprint = fingerprint(source)
     lines += problems.lines()

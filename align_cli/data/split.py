@@ -66,6 +66,15 @@ def interleaved(streams: list[Iterator[Group]], weights: list[float]) -> Iterato
         yield group
 
 
+def labelled(group: Group, how: Literal["best-worst", "best-rest"]) -> list[tuple[int, bool]]:
+    """(index of a response, whether it is a good one): what a row's label says, or of a ranking its best response as
+    good and its worst, or all that are worse, as bad."""
+    if group.label is not None:
+        return [(0, group.label)]
+    worse = [(b, w) for b, w in preference_pairs(group, "all") if b == 0]
+    return [(0, True), *((w, False) for _, w in (worse[-1:] if how == "best-worst" else worse))]
+
+
 def preference_pairs(group: Group, how: Literal["best-worst", "all", "adjacent"]) -> list[tuple[int, int]]:
     """(better, worse) indices into the group's responses, best pairs first; pairs of equal scores are left out."""
     k = len(group.responses)

@@ -9,6 +9,7 @@ Shapes: b samples of this rank, t response tokens, p prompt tokens.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -39,10 +40,15 @@ class Reward:
     std: Tensor | float = 1.0
     """(n,) what each score is normalised with: (score - mean) / std."""
     clip: float | None = None
+    cell: str | None = None
+    """Column of the rows that the score is of, in place of the prompt: what a response is compared with."""
 
-    def __call__(self, prompts: list[Any], texts: list[str]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, prompts: list[Any], texts: list[str], rows: list[dict[str, Any]] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(b,) weighted scores, and (b,) spread of the ensemble (0 without one)."""
-        each = self.score(prompts, texts).float().cpu()
+        asked = [json.loads(row[self.cell]) for row in rows] if self.cell else prompts
+        each = self.score(asked, texts).float().cpu()
         each = (each - self.mean) / self.std
         spread = each.std(1) if each.shape[1] > 1 else torch.zeros(len(each), device=each.device)
         one = each.mean(1)
@@ -116,7 +122,7 @@ class Rollouts:
         total = torch.zeros(len(texts), device=self.accelerator.device)
         spread = torch.zeros_like(total)
         for reward in self.rewards:
-            score, apart = reward(prompts, texts)
+            score, apart = reward(prompts, texts, inputs)
             total, spread = total + score.to(total), spread + apart.to(total)
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=total.device, dtype=total.dtype)
         ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids_list], device=total.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -30,11 +31,32 @@ class Generation:
 
 
 @section
+class Verify:
+    """A reward that is checked, not learned: 1 for a response that is right, 0 for any other."""
+
+    kind: Literal["exact", "numeric", "regex", "json-schema"]
+    """exact: the same text, white space apart; numeric: the same last number; regex: the cell's pattern is found;
+    json-schema: JSON, bare or in a fenced block, that the cell's schema allows (a subset of draft 2020-12)."""
+    column: str
+    """Column of the data that holds what is right."""
+    extract: str | None = None
+    """Pattern whose last match in the response, its first group if it has one, is what is compared. null: all of it."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        try:
+            re.compile(self.extract or "")
+        except re.error as error:
+            yield "verify.extract", f"{self.extract!r} is no pattern ({error}); mend it"
+
+
+@section
 class RewardSource:
     """Where a response's reward comes from."""
 
-    path: str
+    path: str | None = None
     """A finished `align rm` run."""
+    verify: Verify | None = None
+    """In place of a run: compare the response with a column of the data."""
     chat_template: str | None = None
     """As model.chat_template, for a reward model whose tokenizer has none."""
     weight: float = 1.0
@@ -47,6 +69,13 @@ class RewardSource:
     """Subtract the shift and divide by the standard deviation that the run's manifest holds."""
     clip: Positive | None = None
     """Scores beyond ±clip, after normalization, count as ±clip."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if (self.path is None) == (self.verify is None):
+            both = "and verify both say" if self.path is not None else "or verify must say"
+            yield "path", f"{both} where the reward comes from; give one of the two"
+        if self.verify is not None:
+            yield from self.verify.rules()
 
 
 def _as_rewards(value: Any) -> Any:
@@ -180,3 +209,36 @@ class RlooMethod:
     """Score of a response that does not end, in place of the reward model's; null leaves the score."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Taken off the score for every token."""
+
+
+@section
+class GrpoMethod:
+    """Group-relative policy optimization: the other samples of a prompt are the baseline, their spread the scale, and
+    the KL to the reference is in the loss (arXiv 2402.03300, eq. 3)."""
+
+    k: Annotated[int, Field(ge=2)] = 8
+    """Samples a prompt."""
+    beta: Annotated[float, Field(ge=0)] = 0.04
+    """β, weight of the KL (k3) in the loss; 0 holds no reference."""
+    clip: Positive = 0.2
+    """ε of the clipped ratio."""
+    clip_high: Positive | None = None
+    """ε above 1, where it differs (0.28 in DAPO, arXiv 2503.14476)."""
+    epochs: Count = 1
+    """Passes over a rollout."""
+    minibatches: Count = 1
+    """Optimizer steps a pass."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the prompt's rewards, of the whole rollout's, or by nothing, as
+    Dr. GRPO does (arXiv 2503.20783)."""
+    loss: Literal["grpo", "dapo", "dr-grpo", "bnpo"] = "dapo"
+    """What the token losses are averaged over: grpo, each response by itself, which favours short ones; dapo, all
+    tokens of a step; dr-grpo, the longest length a response may have; bnpo, all tokens of a micro-batch."""
+    missing_eos: float | None = None
+    """Score of a response that does not end, in place of the reward; null leaves the reward."""
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken off the score for every token."""
+
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        return self.beta > 0

@@ -1,4 +1,4 @@
-"""The methods that learn from preferences without sampling: ORPO, SimPO, and mixtures with them."""
+"""The methods that learn from preferences without sampling: ORPO, SimPO, mixtures with them, KTO."""
 
 from __future__ import annotations
 
@@ -113,3 +113,27 @@ def pair_rules(method: PairMethod, reference: Any, data: Any) -> Iterator[tuple[
         )
     if data.streaming:
         yield "data.streaming", "is not for this stage, whose steps are filled from pairs in memory; remove it"
+
+
+@section
+class KtoMethod:
+    """Kahneman-Tversky optimization: single responses that are good or bad (arXiv 2402.01306, eq. 7, 8)."""
+
+    loss: Literal["kto", "apo-zero"] = "kto"
+    """apo-zero is the unpaired form of APO (arXiv 2408.06266), which needs no estimate of the KL."""
+    beta: Positive = 0.1
+    """β: how soon a response counts as good or bad enough."""
+    desirable_weight: Positive = 1.0
+    """λ_D. Eq. 8 wants λ_D·n_D / (λ_U·n_U) between 1 and 4/3, n being the rows of each kind."""
+    undesirable_weight: Positive = 1.0
+    """λ_U."""
+    split: Literal["best-worst", "best-rest"] = "best-worst"
+    """What a ranking gives: its best response as a good one, and as bad ones its worst, or all that are worse."""
+
+
+def kto_rules(method: KtoMethod, data: Any, trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What concerns KTO and another section."""
+    if data.streaming:
+        yield "data.streaming", "is not for kto, which pairs rows with their neighbours; remove it"
+    if method.loss == "kto" and 1 in (trainer.get("per_device_train_batch_size"), data.batch_size):
+        yield "data.batch_size", "must leave each device two rows or more, between which the KL is estimated; raise it"

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from align_cli.recipe.online import Generation, Guard, PpoMethod, Rewards, RlooMethod, online_rules
-from align_cli.recipe.preferences import OrpoMethod, SimpoMethod, pair_rules
+from align_cli.recipe.online import Generation, GrpoMethod, Guard, PpoMethod, Rewards, RlooMethod, online_rules
+from align_cli.recipe.preferences import KtoMethod, OrpoMethod, SimpoMethod, kto_rules, pair_rules
 from align_cli.recipe.sections import (
     Count,
     Data,
@@ -191,6 +191,18 @@ class SimpoRecipe(PairRecipe):
 
 
 @section
+class KtoRecipe(Recipe):
+    """align kto"""
+
+    method: KtoMethod = Field(default_factory=KtoMethod)
+    reference: OtherModel | None = None
+    """Default: the starting policy."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from kto_rules(self.method, self.data, self.trainer)
+
+
+@section
 class RmRecipe(Recipe):
     """align rm"""
 
@@ -208,7 +220,7 @@ class OnlineRecipe(Recipe):
     """Stages that sample from the policy."""
 
     reward: Rewards
-    """A finished `align rm` run, or several with weights."""
+    """A finished `align rm` run, a check against a column of the data, or several of them with weights."""
     reference: OtherModel | None = None
     """Default: the starting policy."""
     gold: OtherModel | None = None
@@ -222,6 +234,9 @@ class OnlineRecipe(Recipe):
         yield from online_rules(self.generation, self.data, self.trainer)
         for guard in self.guards:
             yield from guard.rules()
+        for at, source in enumerate(self.reward):
+            place = f"reward[{at}]" if len(self.reward) > 1 else "reward"
+            yield from ((f"{place}.{key}", text) for key, text in source.rules())
         if any(guard.metric == "gold_reward" for guard in self.guards) and self.gold is None:
             yield "gold", "is missing, and a guard watches gold_reward; name a held-out reward model"
 
@@ -236,6 +251,8 @@ class PpoRecipe(OnlineRecipe):
 
     def rules(self) -> Iterator[tuple[str, str]]:
         yield from OnlineRecipe.rules(self)
+        if self.reward[0].path is None and (self.value is None or self.lora is not None):
+            yield "reward", "must begin with a reward model, from which the value function starts; or use `align grpo`"
         if self.lora is not None and len(self.reward) > 1:
             yield "reward", f"names {len(self.reward)} models, but one backbone plays one; keep one, or remove lora"
         if self.lora is not None and self.reference is not None:
@@ -249,14 +266,28 @@ class RlooRecipe(OnlineRecipe):
     method: RlooMethod = Field(default_factory=RlooMethod)
 
 
+@section
+class GrpoRecipe(OnlineRecipe):
+    """align grpo"""
+
+    method: GrpoMethod = Field(default_factory=GrpoMethod)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from OnlineRecipe.rules(self)
+        if self.reference is not None and not self.method.needs_reference():
+            yield "reference", "is compared with by nothing at method.beta=0; remove it, or raise method.beta"
+
+
 STAGES: dict[str, type[Recipe]] = {
     "sft": SftRecipe,
     "rm": RmRecipe,
     "ppo": PpoRecipe,
     "rloo": RlooRecipe,
+    "grpo": GrpoRecipe,
     "dpo": DpoRecipe,
     "orpo": OrpoRecipe,
     "simpo": SimpoRecipe,
+    "kto": KtoRecipe,
 }
 """Every stage that a recipe can be written for."""
 

@@ -20,9 +20,11 @@ CONFIGS = {
     "rm": ("trainer/reward_config.py", "RewardConfig"),
     "ppo": ("trainer/grpo_config.py", "GRPOConfig"),
     "rloo": ("trainer/rloo_config.py", "RLOOConfig"),
+    "grpo": ("trainer/grpo_config.py", "GRPOConfig"),
     "dpo": ("trainer/dpo_config.py", "DPOConfig"),
     "orpo": (None, "TrainingArguments"),
     "simpo": (None, "TrainingArguments"),
+    "kto": ("trainer/kto_config.py", "KTOConfig"),
 }
 """Stage -> the config whose fields `trainer:` may set: TRL's file and class, or transformers' own."""
 
@@ -128,6 +130,27 @@ STAGE_OWNED: dict[str, dict[str, str | None]] = {
     },
     "orpo": PAIRS | {"label_smoothing_factor": None},
     "simpo": PAIRS,
+    "kto": {
+        "loss_type": "method.loss",
+        "beta": "method.beta",
+        "desirable_weight": "method.desirable_weight",
+        "undesirable_weight": "method.undesirable_weight",
+        "train_sampling_strategy": None,
+        # TRL keeps them in a file of its own for every rank
+        "precompute_ref_log_probs": None,
+        "precompute_ref_batch_size": None,
+        "sync_ref_model": None,
+        "ref_model_mixup_alpha": None,
+        "ref_model_sync_steps": None,
+    },
+    "grpo": ONLINE
+    | {
+        "num_generations": "method.k",
+        "epsilon_high": "method.clip_high",
+        "loss_type": "method.loss",
+        "scale_rewards": "method.scale_rewards",
+        "multi_objective_aggregation": None,
+    },
 }
 """The same, for the fields of one stage's config."""
 

@@ -28,7 +28,7 @@ def show(plan: Plan, console: Console) -> None:
     if hasattr(recipe, "reference"):
         held = getattr(recipe.method, "needs_reference", lambda: True)()
         named = recipe.reference.path if recipe.reference else "the policy as it starts"
-        rows.append(("reference", named if held else "none, since no loss compares with one"))
+        rows.append(("reference", named if held else "none, since nothing is compared with one"))
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
         if isinstance(value, list):

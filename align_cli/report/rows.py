@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from align_cli.data import chat
-from align_cli.data.groups import read_groups, stream_groups
+from align_cli.data.groups import labelled, read_groups, stream_groups
 from align_cli.model import kind, load
 from align_cli.run.preflight import NEEDS, Plan
 
@@ -33,10 +33,19 @@ def show(plan: Plan, count: int, console: Console) -> None:
     last_only = stage == "sft" and recipe.method.train_on == "last-turn"
     for group in groups:
         console.rule(group.place, align="left", style="dim")
+        if need == "prompts":
+            ids = chat.prompt_ids(tokenizer, group.prompt)
+            console.print(_coloured(tokenizer, chat.Turns(ids, [False] * len(ids))))
+            console.print(f"{len(ids)} tokens of prompt", style="dim", highlight=False)
+        kinds = dict(labelled(group, recipe.method.split)) if need == "labels" else {}
         for index, response in enumerate(group.responses if stage != "sft" else group.responses[:1]):
+            if kinds and index not in kinds:
+                continue
             turns = chat.conversation(tokenizer, group.prompt, response, last_turn_only=last_only or stage != "sft")
             kept = chat.Turns(turns.ids[: recipe.data.max_length], turns.trained[: recipe.data.max_length])
-            if stage != "sft":
+            if kinds:
+                console.print("a good response" if kinds[index] else "a bad response", style="italic")
+            elif stage != "sft":
                 console.print(f"response {index + 1} of {len(group.responses)}, best first", style="italic")
             console.print(_coloured(tokenizer, kept))
             cut = len(turns.ids) - len(kept.ids)

@@ -19,8 +19,9 @@ def footprint(stage: str, recipe: Recipe, per_device: int, ranks: int) -> tuple[
     # under LoRA, PPO's four roles are adapters of one backbone
     shared = stage == "ppo" and recipe.lora is not None
     frozen = {"reference": 1} if _holds_reference(stage, recipe) else {}
-    if stage in ("ppo", "rloo"):
-        frozen["reward"] = (0 if shared else len(recipe.reward)) + (recipe.gold is not None)
+    if stage in ("ppo", "rloo", "grpo"):
+        models = sum(source.path is not None for source in recipe.reward)
+        frozen["reward"] = (0 if shared else models) + (recipe.gold is not None)
     return size, memory.plan(
         size,
         dtype=resolve_dtype(recipe),
@@ -41,9 +42,11 @@ def _holds_reference(stage: str, recipe: Recipe) -> bool:
     """Whether another, frozen model of the policy's size gives reference log-probabilities."""
     if stage in ("orpo", "simpo"):
         return recipe.method.needs_reference() and bool(recipe.lora is None or recipe.reference)
+    if stage == "kto":
+        return bool(recipe.lora is None or recipe.reference)
     if stage == "dpo":
         return not recipe.method.precompute_reference and bool(recipe.lora is None or recipe.reference)
-    return recipe.lora is None and (stage == "ppo" or (stage == "rloo" and recipe.method.beta > 0))
+    return recipe.lora is None and (stage == "ppo" or (stage in ("rloo", "grpo") and recipe.method.beta > 0))
 
 
 def _micro_step(stage: str, recipe: Recipe, per_device: int) -> dict[str, int]:

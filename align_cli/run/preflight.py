@@ -30,9 +30,11 @@ NEEDS = {
     "rm": "preferences",
     "ppo": "prompts",
     "rloo": "prompts",
+    "grpo": "prompts",
     "dpo": "preferences",
     "orpo": "preferences",
     "simpo": "preferences",
+    "kto": "labels",
 }
 """What each stage asks of its rows."""
 
@@ -82,7 +84,7 @@ class Plan:
             return None
         if getattr(self.recipe.method, "packing", False) or trainer.get("dataloader_drop_last"):
             return None
-        how = getattr(self.recipe.method, "pairs", "best-worst")
+        how = getattr(self.recipe.method, "pairs", None) or getattr(self.recipe.method, "split", "best-worst")
         rows = sum(count.elements(how) * source.weight for count, source in zip(known, sources, strict=True))
         if isinstance(self.recipe.data.eval, float):
             rows *= 1 - self.recipe.data.eval
@@ -161,12 +163,22 @@ def reward_models(tree: dict[str, Any]) -> list[tuple[str, str]]:
     return [(key, path) for key, path in paths if isinstance(path, str)]
 
 
+def compared(tree: dict[str, Any]) -> list[str]:
+    """The columns of the data that rewards compare responses with."""
+    named = tree.get("reward")
+    checks = [
+        entry.get("verify") for entry in (named if isinstance(named, list) else [named]) if isinstance(entry, dict)
+    ]
+    columns = [check.get("column") for check in checks if isinstance(check, dict)]
+    return list(dict.fromkeys(column for column in columns if isinstance(column, str)))
+
+
 def _look_at_data(plan: Plan, lines: list[str]) -> None:
     tree = plan.composed.tree
     data = _section(Data, tree.get("data"))
     if data is None:
         return
-    found, plan.counts = check_sources(data, NEEDS[plan.composed.stage])
+    found, plan.counts = check_sources(data, NEEDS[plan.composed.stage], cells=compared(tree))
     lines += found
     if isinstance(trainer := tree.get("trainer"), dict):
         lines += _strategy_problems(trainer, evaluated=data.eval is not None)
@@ -221,6 +233,11 @@ def _look_at_run(plan: Plan, lines: list[str]) -> None:
         lines += error.lines
     if plan.batch is None:
         return
+    if stage == "kto" and recipe.method.loss == "kto" and plan.batch.per_device < 2:
+        lines.append(
+            f"data.batch_size: leaves each of {plan.ranks} ranks one row at a time, and kto estimates the KL between "
+            f"two or more; set data.batch_size={2 * plan.ranks} or a multiple"
+        )
     plan.size, plan.memory = footprint(stage, recipe, plan.batch.per_device, plan.ranks)
     for count in plan.counts:
         plan.notes += [line for line in count.lines()]

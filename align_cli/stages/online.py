@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from align_cli.data import chat
 from align_cli.data.groups import Count, Group, read_groups
-from align_cli.methods import layout
+from align_cli.errors import DataError, raise_all
+from align_cli.methods import layout, verify
 from align_cli.methods.guards import Guards
 from align_cli.methods.rollouts import BetweenRollouts, Reward
 from align_cli.methods.sampling import Sampler
@@ -54,10 +56,21 @@ def arguments(job: Job, cls: type, **own: Any) -> Any:
 
 
 def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list[Count]]:
-    """Rows of `prompt` messages that leave room for a response, and the row counts, which are printed too."""
+    """Rows of `prompt` messages that leave room for a response, with the cells that rewards compare with, and the row
+    counts, which are printed too. Raises DataError for a cell that nothing can be compared with."""
     data = job.recipe.data
     limit = data.max_prompt_length or data.max_length - job.recipe.generation.max_new_tokens
-    groups, tally = read_groups(data, "prompts", job.recipe.seed), chat.Tally()
+    checks = [source.verify for source in job.recipe.reward if source.verify]
+    columns = list(dict.fromkeys(check.column for check in checks))
+    groups, tally = read_groups(data, "prompts", job.recipe.seed, columns), chat.Tally()
+    found = [
+        (group.place, check, verify.problem(check.kind, group.cells[check.column]))
+        for check in checks
+        for group in groups.train
+    ]
+    raise_all(
+        DataError, [f"{place}: '{check.column}' {said}; mend the row" for place, check, said in found if said][:20]
+    )
     rows = []
     for group in groups.train:
         try:
@@ -68,7 +81,8 @@ def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list
         if length > limit:
             tally.drop(group, f"prompt over {limit} tokens")
             continue
-        rows.append({"prompt": group.prompt})
+        # as text, since a column of a dataset has one type
+        rows.append({"prompt": group.prompt} | {cell(name): json.dumps(group.cells[name]) for name in columns})
     for line in fold_in(groups.counts, tally, data.max_dropped):
         job.say(line)
     return Dataset.from_list(rows), groups.counts
@@ -80,6 +94,10 @@ def rewards(job: Job, prepare: Any, shared: Any = None) -> tuple[list[Reward], R
     recipe: OnlineRecipe = job.recipe
     found = []
     for source in recipe.reward:
+        if source.verify:
+            check = verify.verifier(source.verify.kind, source.verify.extract)
+            found.append(Reward(_checked(check), weight=source.weight, cell=cell(source.verify.column)))
+            continue
         scale = kind.manifest(source.path).get("reward", {}) if source.normalize else {}
         found.append(
             Reward(
@@ -94,6 +112,16 @@ def rewards(job: Job, prepare: Any, shared: Any = None) -> tuple[list[Reward], R
         )
     gold = Reward(scorer(job, Model(path=recipe.gold.path), prepare)) if recipe.gold else None
     return found, gold
+
+
+def cell(column: str) -> str:
+    """What a column of the data is called in a trainer's rows, whose own names it must not take."""
+    return f"cell_{column}"
+
+
+def _checked(check: Any) -> Any:
+    """(wanted cells, texts) -> (b, 1) rewards."""
+    return lambda wanted, texts: torch.tensor(check(wanted, texts)).unsqueeze(1)
 
 
 def scorer(job: Job, named: Model, prepare: Any) -> Any:

@@ -430,7 +430,12 @@ def test_a_column_keeps_its_kind_over_the_rows():
             ["has messages, but preferences need chosen and rejected, or responses;"],
         ),
         ("demonstrations", {"prompt": "q"}, None, ["has prompt, but demonstrations need messages,"]),
-        ("labels", {"prompt": "q", "completion": "a"}, None, ["but labels need prompt, completion and label;"]),
+        (
+            "labels",
+            {"prompt": "q", "completion": "a"},
+            None,
+            ["but labels need prompt, completion and label, or the columns of preferences;"],
+        ),
         (
             "demonstrations",
             {"prompts": "q", "completion": "a"},

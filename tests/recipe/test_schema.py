@@ -76,6 +76,8 @@ PUBLISHED = {
     "dpo": "zephyr",
     "orpo": "mistral-7b",
     "simpo": "llama3-8b-instruct",
+    "kto": "demo",
+    "grpo": "demo",
 }
 """A recipe of each stage that uses config groups or hub ids."""
 
@@ -165,7 +167,7 @@ def section_in(annotation):
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_a_typed_recipe_becomes_a_tree_and_comes_back(here, stage):
     answers = stage != "rm"
-    held_out = [] if stage in ("ppo", "rloo") else ["data.eval=0.05"]
+    held_out = [] if stage in ("ppo", "rloo", "grpo") else ["data.eval=0.05"]
     words = [f"recipe={PUBLISHED[stage]}", *(["lora=r128"] if stage != "ppo" else []), *held_out]
     words += ["samples={prompts: [hi], max_new_tokens: 3}"] if answers else []
     recipe = load(stage, [*words, "zero=zero3-offload", "zero.config={x: {y: [1, null]}}", "launch.num_gpus=4"])[1]

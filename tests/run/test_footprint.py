@@ -14,6 +14,7 @@ def held(stage, *words):
 
 P = 7.24e9
 ZERO = ("zero=none",)
+SIZED = "model.parameters=7.24e9"
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,14 @@ ZERO = ("zero=none",)
         ("rloo", "hh", (), 1, {"reference": 1, "reward": 1}),
         ("rloo", "hh", ("lora=r16",), 1, {"reward": 1}),
         ("rloo", "hh", ("method.beta=0",), 1, {"reward": 1}),
+        ("orpo", "mistral-7b", (), 1, {}),
+        ("simpo", "mistral-7b-base", (), 1, {}),
+        ("simpo", "mistral-7b-base", ("method.also=[{loss: dpo}]",), 1, {"reference": 1}),
+        ("simpo", "mistral-7b-base", ("method.also=[{loss: dpo}]", "lora=r16"), 1, {}),
+        ("kto", "demo", (SIZED,), 1, {"reference": 1}),
+        ("kto", "demo", (SIZED, "lora=r16"), 1, {}),
+        ("grpo", "demo", (SIZED,), 1, {"reference": 1, "reward": 1}),
+        ("grpo", "demo", (SIZED, "method.beta=0", "reward=[{verify: {kind: exact, column: a}}]"), 1, {}),
     ],
 )
 def test_models_held(here, stage, recipe, words, weights, frozen):

@@ -2,8 +2,6 @@
 nothing."""
 
 import json
-import signal
-import time
 
 import project
 import pytest
@@ -133,14 +131,8 @@ def test_two_ranks_are_one_process_with_a_reference(folder, zero):
 
 
 def test_killed_and_run_again_it_ends_with_the_same_weights(folder, runs):
-    process = project.start("orpo", "recipe=t.yaml", "name=killed", cwd=folder)
-    run, until = folder / "runs/killed/orpo", time.monotonic() + 180
-    while not list(run.glob("checkpoints/checkpoint-*/complete")) and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "manifest.json").exists()
+    run = folder / "runs/killed/orpo"
+    project.kill_after_a_checkpoint("orpo", "recipe=t.yaml", "name=killed", run=run, cwd=folder)
     assert "resuming from step" in project.ok("orpo", "recipe=t.yaml", "name=killed", cwd=folder)
     calm = project.weights(runs["orpo"])
     assert all(torch.equal(tensor, calm[name]) for name, tensor in project.weights(run).items())

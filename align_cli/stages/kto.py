@@ -1,0 +1,59 @@
+"""align kto: Kahneman-Tversky optimization, from responses that are each labelled good or bad.
+
+    align kto recipe=demo.yaml
+
+arXiv 2402.01306, eq. 7, 8, on TRL's trainer: λ_y - v(x, y), where v of a good response is λ_D·σ(β(r - z)), of a bad
+one λ_U·σ(β(z - r)), r = log π/π_ref, and z, the KL to the reference, is estimated from mismatched responses of a
+micro-batch over all ranks. Rankings serve, too: their best response is a good one.
+"""
+
+from __future__ import annotations
+
+from trl import KTOConfig
+
+from align_cli.data import labels
+from align_cli.methods.kto import LabelTrainer, balance
+from align_cli.model import load
+from align_cli.model.lora import peft_config
+from align_cli.stages import training
+from align_cli.stages.job import Job, Outcome
+
+LOSSES = {"kto": "kto", "apo-zero": "apo_zero_unpaired"}
+"""Our name of a loss -> TRL's."""
+
+
+def run(job: Job) -> Outcome:
+    """Train, answer the samples before and after, save. Returns the metrics and the row counts."""
+    recipe, data, method = job.recipe, job.recipe.data, job.recipe.method
+    tokenizer = load.tokenizer(recipe.model, job.base)
+    args = training.arguments(
+        KTOConfig,
+        job,
+        loss_type=LOSSES[method.loss],
+        beta=method.beta,
+        desirable_weight=method.desirable_weight,
+        undesirable_weight=method.undesirable_weight,
+        # the mismatched responses are neighbours in the order in which rows are trained
+        train_sampling_strategy="sequential",
+    )
+
+    def tokenized(groups, tally):
+        limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
+        return labels.kto_rows(tokenizer, groups, split=method.split, **limits, tally=tally)
+
+    train, held_out, counts = training.datasets(job, "labels", tokenized)
+    good = sum(train["label"])
+    if said := balance(good, len(train) - good, method.desirable_weight, method.undesirable_weight):
+        job.say(said)
+    separate = job.reference or (None if recipe.lora else job.base)
+    trainer = LabelTrainer(
+        model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base),
+        ref_model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=separate) if separate else None,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=peft_config(recipe.lora),
+        block=job.per_device * job.accumulation * job.ranks,
+    )
+    return training.run_to_end(trainer, tokenizer, job, counts)
