@@ -31,6 +31,14 @@ demo: setup model ## SFT, reward model, DPO on a real 135M model, and what chang
 	$(BIN)/align dpo recipe=demo.yaml
 	$(BIN)/python scripts/demo_table.py
 
+demo-methods: setup model ## the preference methods on the same pairs and budget, in one table
+	$(BIN)/align sft recipe=demo.yaml
+	$(BIN)/align dpo recipe=demo.yaml
+	$(BIN)/align orpo recipe=demo.yaml
+	$(BIN)/align simpo recipe=demo.yaml
+	$(BIN)/align kto recipe=demo.yaml
+	$(BIN)/python scripts/methods_table.py
+
 test: setup model ## the tests
 	$(BIN)/pytest
 
@@ -48,4 +56,4 @@ format: setup ## mend what check complains of
 clean: ## remove runs and models, keep the environment
 	rm -rf runs models
 
-.PHONY: help setup model demo test test-slow check format clean
+.PHONY: help setup model demo demo-methods test test-slow check format clean
