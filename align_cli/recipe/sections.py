@@ -146,6 +146,13 @@ class Lora:
     targets: str | list[str] = "all-linear"
     """Module names, or all-linear."""
 
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if "lm_head" in ([self.targets] if isinstance(self.targets, str) else self.targets):
+            yield (
+                "lora.targets",
+                "names lm_head, whose adapter the log-probabilities would pass by; leave it out",
+            )
+
 
 @section
 class Zero:

@@ -38,6 +38,11 @@ def test_it_learns_what_is_right(folder):
     assert {"entropy", "response_length", "eos_rate", "beta", "seconds_rollout"} <= set(rows[0])
 
 
+def test_prompts_are_shown(folder):
+    said = project.ok("show", "grpo", "recipe=t.yaml", "-n", "1", cwd=folder)
+    assert "name " in said and "tokens of prompt" in said
+
+
 @pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=SLOW), pytest.param("none", marks=SLOW)])
 def test_two_ranks_are_one_process(folder, zero):
     words = ["launch.num_gpus=2", f"zero={zero}", "trainer.max_steps=3"]

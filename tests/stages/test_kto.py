@@ -71,6 +71,11 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(folder):
     assert all(torch.equal(tensor, calm[name]) for name, tensor in project.weights(run).items())
 
 
+def test_rows_are_shown_as_good_and_bad(folder):
+    said = project.ok("show", "kto", "recipe=t.yaml", "-n", "2", cwd=folder)
+    assert said.count("a good response") == said.count("a bad response") == 2
+
+
 def test_what_cannot_run_is_refused_a_line_a_problem(folder):
     words = ["data.train=sft.jsonl", "trainer.per_device_train_batch_size=1", "trainer.beta=1"]
     done = project.align("kto", "recipe=t.yaml", "name=bad", *words, cwd=folder)
