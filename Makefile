@@ -8,7 +8,7 @@ MODEL  := models/smollm2-135m-instruct
 .DEFAULT_GOAL := help
 
 help: ## show this help
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(READY) ## a virtual environment with the exact versions of constraints.txt
 
@@ -39,6 +39,16 @@ demo-methods: setup model ## the preference methods on the same pairs and budget
 	$(BIN)/align kto recipe=demo.yaml
 	$(BIN)/python scripts/methods_table.py
 
+demo-cai: setup model ## Constitutional AI on the same model: revisions, labels, DPO on them (about 10 minutes on 2 cores)
+	$(BIN)/align cai recipe=demo.yaml
+	$(BIN)/align dpo recipe=cai.yaml
+	$(BIN)/python scripts/demo_cai_table.py
+
+constitutional: setup model ## the long way: preference model and PPO on the labels of demo-cai
+	$(BIN)/align cai recipe=demo.yaml
+	$(BIN)/align rm recipe=cai.yaml
+	$(BIN)/align ppo recipe=cai.yaml
+
 test: setup model ## the tests
 	$(BIN)/pytest
 
@@ -56,4 +66,4 @@ format: setup ## mend what check complains of
 clean: ## remove runs and models, keep the environment
 	rm -rf runs models
 
-.PHONY: help setup model demo demo-methods test test-slow check format clean
+.PHONY: help setup model demo demo-methods demo-cai constitutional test test-slow check format clean

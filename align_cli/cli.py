@@ -22,6 +22,7 @@ STAGE_HELP = {
     "orpo": "Odds ratio preference optimization: no reference, no SFT before it.",
     "simpo": "Simple preference optimization: length-normalised, no reference; any mixture of losses.",
     "kto": "Kahneman-Tversky optimization from responses labelled good or bad.",
+    "cai": "Constitutional AI: critiques and revisions, the model trained on them, and labels from AI feedback.",
 }
 # `--beta=3` is passed on, so that the answer can be "write beta=3"
 PASS_ON = {"ignore_unknown_options": True}
@@ -183,6 +184,22 @@ def lineage(runs: Annotated[list[str], typer.Argument(metavar="RUN…")]) -> Non
 
 @app.command()
 @_answers
+def report(runs: Annotated[list[str], typer.Argument(metavar="RUN…")]) -> None:
+    """Write the page of a Constitutional AI run anew: every chain from first answer to label."""
+    from pathlib import Path
+
+    from align_cli.report import audit
+    from align_cli.run import manifest
+
+    for run in runs:
+        made = manifest.read(run) or {}
+        if made.get("stage") != "cai" or not (Path(run) / audit.LAW).is_file():
+            raise AlignError(f"{run}: is no finished `align cai` run; name one such as runs/demo/cai")
+        typer.echo(f"{audit.write(Path(run), made)}: written")
+
+
+@app.command()
+@_answers
 def merge(
     run: Run,
     to: Annotated[str | None, typer.Option("--to", metavar="DIR", help="Default: RUN-merged.")] = None,
@@ -277,14 +294,16 @@ def recipes_copy(
     if not target.parent.is_dir():
         raise AlignError(f"{target}: there is no directory {target.parent}; make it first")
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    typer.echo(f"{target}: run it with `align {name.split('/')[0]} recipe={target}`")
+    stage = name.split("/")[0]
+    use = f"align cai … method.constitution={target}" if stage == "constitution" else f"align {stage} recipe={target}"
+    typer.echo(f"{target}: run it with `{use}`")
 
 
 def _recipe(name: str):
     from align_cli.recipe import places
 
-    known = places.listing()
-    key = name.removesuffix(".yaml")
+    laws = {f"constitution/{law}": file for law, file in places.group_files("constitution").items()}
+    known, key = places.listing() | laws, name.removesuffix(".yaml")
     if key not in known:
         raise RecipeError(f"{name}: no such recipe{did_you_mean(key, list(known)) or '; known: ' + ', '.join(known)}")
     return known[key]

@@ -20,7 +20,7 @@ SHOWN = 3
 
 def main() -> None:
     console = Console(width=118)
-    sft, dpo = _samples(SFT), _samples(DPO)
+    sft, dpo = samples(SFT), samples(DPO)
     stages = {
         "as it came": [row["before"] for row in sft],
         "after SFT": [row["after"] for row in sft],
@@ -33,7 +33,7 @@ def main() -> None:
         answers.add_column(heading, ratio=1, overflow="fold")
     for label in ("harmful", "harmless"):
         for index in [i for i, found in enumerate(labels) if found == label][:SHOWN]:
-            said = [_short(column[index]) for column in stages.values()]
+            said = [short(column[index]) for column in stages.values()]
             answers.add_row(f"{sft[index]['prompt']} [dim]({label})[/]", *said)
     console.print(answers)
 
@@ -62,11 +62,13 @@ def main() -> None:
     )
 
 
-def _samples(run: Path) -> list[dict]:
+def samples(run: Path) -> list[dict]:
+    """The rows of a run's samples.jsonl."""
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def _short(text: str, limit: int = 150) -> str:
+def short(text: str, limit: int = 150) -> str:
+    """One line of a text, for a cell of a table."""
     flat = " ".join(text.split()).replace("[", "\\[")
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 

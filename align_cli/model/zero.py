@@ -83,3 +83,11 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = _merged(result[key], value) if both else value
     return result
+
+
+def load_whole_from_now_on() -> None:
+    """Let models that are loaded from here on be whole on every rank: training arguments with stage 3 make
+    transformers shard each one while it loads."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from align_cli.recipe.cai import CaiGeneration, CaiMethod, OptionalSpeaker, cai_rules
 from align_cli.recipe.online import Generation, GrpoMethod, Guard, PpoMethod, Rewards, RlooMethod, online_rules
 from align_cli.recipe.preferences import KtoMethod, OrpoMethod, SimpoMethod, kto_rules, pair_rules
 from align_cli.recipe.sections import (
@@ -278,6 +279,21 @@ class GrpoRecipe(OnlineRecipe):
             yield "reference", "is compared with by nothing at method.beta=0; remove it, or raise method.beta"
 
 
+@section
+class CaiRecipe(Recipe):
+    """align cai"""
+
+    method: CaiMethod = Field(default_factory=CaiMethod)
+    generation: CaiGeneration = Field(default_factory=CaiGeneration)
+    writer: OptionalSpeaker = None
+    """Who gives first answers, critiques and revisions; default: the model as it starts."""
+    feedback: OptionalSpeaker = None
+    """Who judges pairs; default: the model that was trained, or as it starts where it was not."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from cai_rules(self)
+
+
 STAGES: dict[str, type[Recipe]] = {
     "sft": SftRecipe,
     "rm": RmRecipe,
@@ -288,6 +304,7 @@ STAGES: dict[str, type[Recipe]] = {
     "orpo": OrpoRecipe,
     "simpo": SimpoRecipe,
     "kto": KtoRecipe,
+    "cai": CaiRecipe,
 }
 """Every stage that a recipe can be written for."""
 

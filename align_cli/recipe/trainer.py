@@ -25,6 +25,7 @@ CONFIGS = {
     "orpo": (None, "TrainingArguments"),
     "simpo": (None, "TrainingArguments"),
     "kto": ("trainer/kto_config.py", "KTOConfig"),
+    "cai": ("trainer/sft_config.py", "SFTConfig"),
 }
 """Stage -> the config whose fields `trainer:` may set: TRL's file and class, or transformers' own."""
 
@@ -150,6 +151,16 @@ STAGE_OWNED: dict[str, dict[str, str | None]] = {
         "loss_type": "method.loss",
         "scale_rewards": "method.scale_rewards",
         "multi_objective_aggregation": None,
+    },
+    "cai": {
+        "packing": None,
+        "chat_template_path": "model.chat_template",
+        "completion_only_loss": None,
+        "assistant_only_loss": None,
+        "dataset_text_field": None,
+        "dataset_kwargs": None,
+        "eval_packing": None,
+        "shuffle_dataset": None,
     },
 }
 """The same, for the fields of one stage's config."""

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from align_cli.model import kind
 from align_cli.model.memory import GIB
+from align_cli.recipe.sections import Source
 from align_cli.run import devices
 from align_cli.run.footprint import resolve_dtype
 from align_cli.run.preflight import Plan
@@ -33,9 +34,15 @@ def show(plan: Plan, console: Console) -> None:
         value = getattr(recipe.data, key)
         if isinstance(value, list):
             for source in value:
-                rows.append((f"data.{key}", f"{source.path}{f' × {source.weight:g}' if source.weight != 1 else ''}"))
+                pending = "  (still to be made)" if source.path in plan.pending else ""
+                weight = f" × {source.weight:g}" if source.weight != 1 else ""
+                rows.append((f"data.{key}", f"{source.path}{weight}{pending}"))
         elif value is not None:
             rows.append((f"data.{key}", f"{value:.0%} of the prompts"))
+    for role in ("writer", "feedback"):
+        if (speaker := getattr(recipe, role, None)) is not None:
+            named = speaker.path or f"{speaker.model} at {speaker.endpoint}, {speaker.concurrency} requests at a time"
+            rows.append((role, named))
     for line in plan.notes:
         rows.append(("", line))
     rows.append(("method", _settings(recipe.method)))
@@ -76,6 +83,8 @@ def _settings(section: object) -> str:
 def _plain(value: object) -> str:
     if isinstance(value, list):
         return "+".join(map(_plain, value))
+    if isinstance(value, Source):
+        return value.path
     if is_dataclass(value):
         return f"({_settings(value)})"
     if isinstance(value, bool):

@@ -96,7 +96,9 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
         else:
             code = _ranks(stage, run, launch)
     finally:
-        if code == 2 and plan.state == "absent" and not run.checkpoints.exists():
+        # rows that were made and kept are not to be lost with it
+        began = run.checkpoints.exists() or any(run.path.glob("*.jsonl"))
+        if code == 2 and plan.state == "absent" and not began:
             run.discard()
         run.release()
     return code

@@ -17,13 +17,21 @@ from align_cli.data.load import is_local
 from align_cli.errors import AlignError, RecipeError
 from align_cli.model import kind, memory, templates
 from align_cli.recipe import check as recipe_check
+from align_cli.recipe.cai import CaiMethod, Speaker
 from align_cli.recipe.compose import Composed
 from align_cli.recipe.schema import Recipe
 from align_cli.recipe.sections import Data, Launch, Model, OtherModel, Samples
-from align_cli.run import batch, devices, manifest
+from align_cli.run import batch, constitutional, devices, manifest
 from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import footprint
-from align_cli.run.upstream import backbone_problems, policy_problems, recipe_of, reward_problems, stage_of_run
+from align_cli.run.upstream import (
+    backbone_problems,
+    policy_problems,
+    recipe_of,
+    reward_problems,
+    stage_of_run,
+    there_already,
+)
 
 NEEDS = {
     "sft": "demonstrations",
@@ -35,6 +43,7 @@ NEEDS = {
     "orpo": "preferences",
     "simpo": "preferences",
     "kto": "labels",
+    "cai": "prompts",
 }
 """What each stage asks of its rows."""
 
@@ -64,6 +73,8 @@ class Plan:
     size: memory.Sizes | None = None
     memory: list[memory.Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
+    """Data files that a run which is still to be made will write."""
 
     def tokenizer_path(self) -> str:
         """Where a tokenizer can be had while the upstream run is still to be made: the model it will start from."""
@@ -80,8 +91,10 @@ class Plan:
         sources = self.recipe.data.train
         # counts are of local sources, those of data.train first
         known = self.counts[: len(sources)] if all(map(is_local, sources)) else []
-        if not known or any(count.partial for count in known) or self.batch is None:
+        if not known or any(count.partial for count in known) or self.batch is None or self.pending:
             return None
+        if self.composed.stage == "cai":
+            return constitutional.steps(self.recipe, self.counts, self.batch.total)
         if getattr(self.recipe.method, "packing", False) or trainer.get("dataloader_drop_last"):
             return None
         how = getattr(self.recipe.method, "pairs", None) or getattr(self.recipe.method, "split", "best-worst")
@@ -117,7 +130,9 @@ def load(stage: str, arguments: list[str], *, starting: bool) -> Plan:
         lines += error.lines
     plan = Plan(composed, recipe, "absent")
     _look_at_models(plan, lines, starting)
-    _look_at_data(plan, lines)
+    _look_at_data(plan, lines, starting)
+    if stage == "cai":
+        _look_at_constitution(plan, lines, starting)
     launch = _section(Launch, composed.tree.get("launch", {}))
     if launch is not None:
         lines += devices.problems(launch)
@@ -173,13 +188,35 @@ def compared(tree: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(column for column in columns if isinstance(column, str)))
 
 
-def _look_at_data(plan: Plan, lines: list[str]) -> None:
+def _look_at_constitution(plan: Plan, lines: list[str], starting: bool) -> None:
+    """What `align cai` names beside models and data."""
+    tree = plan.composed.tree
+    for key in ("writer", "feedback"):
+        named = tree.get(key)
+        speaker = _section(Speaker, {"path": named} if isinstance(named, str) else named)
+        if speaker is not None:
+            lines += constitutional.speaker_problems(key, speaker, starting, plan.todo)
+    method, data = _section(CaiMethod, tree.get("method", {})), _section(Data, tree.get("data"))
+    if method is None:
+        return
+    for found, counts in (
+        constitutional.sources(method, data) if data is not None else ([], []),
+        constitutional.law(method),
+    ):
+        lines += found
+        plan.counts += counts
+    lines += constitutional.row_problems(method)
+
+
+def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
     tree = plan.composed.tree
     data = _section(Data, tree.get("data"))
     if data is None:
         return
-    found, plan.counts = check_sources(data, NEEDS[plan.composed.stage], cells=compared(tree))
-    lines += found
+    there, plan.pending = there_already(data, lines, starting, plan.todo)
+    if there is not None:
+        found, plan.counts = check_sources(there, NEEDS[plan.composed.stage], cells=compared(tree))
+        lines += found
     if isinstance(trainer := tree.get("trainer"), dict):
         lines += _strategy_problems(trainer, evaluated=data.eval is not None)
     if data.streaming and _steps_given(tree.get("trainer")) <= 0:

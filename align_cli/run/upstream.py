@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from align_cli.errors import RecipeError, did_you_mean
@@ -10,6 +11,7 @@ from align_cli.model import kind
 from align_cli.recipe import check as recipe_check
 from align_cli.recipe.compose import default_run_dir
 from align_cli.recipe.schema import STAGES
+from align_cli.recipe.sections import Data
 
 
 def policy_problems(key: str, path: str, starting: bool, todo: list[str]) -> list[str]:
@@ -72,6 +74,31 @@ def backbone_problems(key: str, run: str, base: str) -> list[str]:
             f"{key}: {run} is an adapter on {held.base}, not on {base}; name the model it was made on, or remove lora"
         ]
     return []
+
+
+def there_already(data: Data, lines: list[str], starting: bool, todo: list[str]) -> tuple[Data | None, list[str]]:
+    """The data without files that a run which is still to be made will write (None if that leaves no training data),
+    and those files. Adds the commands that make them to `todo`, and to `lines` why they cannot be made or, where a
+    stage is `starting`, that they must be made first."""
+    pending: list[str] = []
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        for source in sources if isinstance(sources, list) else ():
+            run = os.path.dirname(source.path)
+            stage = stage_of_run(run) if run else None
+            if stage is not None and kind.look(run).kind == "missing":
+                lines += _to_be_made(key, run, stage, starting, todo)
+                pending.append(source.path)
+            elif stage is not None and kind.look(run).kind == "unfinished" and not os.path.isfile(source.path):
+                again = f"align {stage} recipe={recipe_of(stage, run)}"
+                lines.append(f"{key}: {source.path} is not there yet; finish its run with `{again}`")
+                pending.append(source.path)
+    if not pending:
+        return data, pending
+    train = [source for source in data.train if source.path not in pending]
+    held_out = data.eval
+    if isinstance(held_out, list):
+        held_out = [source for source in held_out if source.path not in pending] or None
+    return (replace(data, train=train, eval=held_out) if train else None), pending
 
 
 def _to_be_made(key: str, path: str, stage: str, starting: bool, todo: list[str]) -> list[str]:

@@ -164,8 +164,15 @@ def _parents(recipe: Any) -> list[dict[str, Any]]:
             entries.append(manifest.parent(role, getattr(recipe, role).path))
     for key, path in preflight.reward_models(to_tree(recipe)):
         entries.append(manifest.parent(key.split("[")[0].split(".")[0], path))
+    for role in ("writer", "feedback"):
+        if (speaker := getattr(recipe, role, None)) is not None and speaker.path:
+            entries.append(manifest.parent(role, speaker.path))
     sources = recipe.data.train + (recipe.data.eval if isinstance(recipe.data.eval, list) else [])
+    for more in ("harmless", "helpful"):
+        sources = sources + (getattr(recipe.method, more, None) or [])
+    rows = getattr(recipe.method, "rows", None)
     runs = dict.fromkeys(run for source in sources if (run := manifest.run_of(source.path)))
+    runs |= {run: None for run in [rows and manifest.run_of(f"{rows}/answers.jsonl")] if run}
     return entries + [manifest.parent("data", run) for run in runs]
 
 

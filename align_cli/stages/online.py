@@ -60,7 +60,7 @@ def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list
     counts, which are printed too. Raises DataError for a cell that nothing can be compared with."""
     data = job.recipe.data
     limit = data.max_prompt_length or data.max_length - job.recipe.generation.max_new_tokens
-    checks = [source.verify for source in job.recipe.reward if source.verify]
+    checks = [source.verify for source in getattr(job.recipe, "reward", ()) if source.verify]
     columns = list(dict.fromkeys(check.column for check in checks))
     groups, tally = read_groups(data, "prompts", job.recipe.seed, columns), chat.Tally()
     found = [

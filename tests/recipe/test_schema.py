@@ -78,6 +78,7 @@ PUBLISHED = {
     "simpo": "llama3-8b-instruct",
     "kto": "demo",
     "grpo": "demo",
+    "cai": "mistral-7b",
 }
 """A recipe of each stage that uses config groups or hub ids."""
 

@@ -1,0 +1,182 @@
+"""The sections of `align cai`: who writes, who judges, how answers are sampled, and what each phase does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from align_cli.recipe.sections import Count, Fraction, Positive, Sources, section
+
+PHASES = ("answers", "revisions", "train", "pairs", "preferences")
+"""In the order in which they run."""
+NEEDS_PHASE = {"revisions": "answers", "train": "revisions", "preferences": "pairs"}
+"""Phase -> the one whose rows it reads."""
+
+LOST = ("empty", "unparsable", "copied", "too_long")
+"""Flags of a revision that says nothing of its own: the answer before stands then, and nothing is trained on."""
+
+
+@section
+class Price:
+    """What an endpoint's tokens cost, for the sum in the manifest."""
+
+    prompt: Annotated[float, Field(ge=0)] = 0.0
+    """A million prompt tokens, in the currency you like."""
+    completion: Annotated[float, Field(ge=0)] = 0.0
+    """A million generated tokens."""
+
+
+@section
+class Speaker:
+    """A model beside the one that is trained: a local one (`path`), or one behind an OpenAI-compatible API."""
+
+    path: str | None = None
+    """A directory, a finished run or a hub id, held in memory while it speaks."""
+    chat_template: str | None = None
+    """As model.chat_template, for a local model whose tokenizer has none."""
+    endpoint: str | None = None
+    """Base address of an OpenAI-compatible API, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """The model's name at the endpoint."""
+    key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is written nowhere."""
+    concurrency: Count = 8
+    """Requests under way at a time, over all ranks."""
+    retries: Annotated[int, Field(ge=0)] = 6
+    """How often a request is sent again after a rate limit (429), an error of the server, a time-out or an answer that
+    was cut off, after 1, 2, 4, … seconds or as long as the server asks for."""
+    timeout: Positive = 120.0
+    """Seconds to wait for an answer."""
+    price: Price | None = None
+    """For the cost in the manifest."""
+
+    def problems(self, key: str) -> Iterator[tuple[str, str]]:
+        if (self.path is None) == (self.endpoint is None):
+            yield key, "names a local model or an endpoint, not both and not neither; set path or endpoint"
+        if self.endpoint is not None and not re.match(r"https?://[^\s/]+", self.endpoint):
+            yield f"{key}.endpoint", "is no address; write it with its scheme, such as http://localhost:8000/v1"
+        if self.endpoint is not None and self.model is None:
+            yield f"{key}.model", "is missing; name the model that the endpoint serves"
+        if self.endpoint is not None and re.search(r"//[^/]*@|[?&]\w*key=", self.endpoint):
+            yield f"{key}.endpoint", "holds a secret; put the key into an environment variable and name it in key_env"
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            # not shown: people paste the key itself
+            yield f"{key}.key_env", "is no name of an environment variable; write the variable's name, never the key"
+        if self.endpoint is None:
+            for name in ("model", "key_env", "price"):
+                if getattr(self, name) is not None:
+                    yield f"{key}.{name}", "is for an endpoint; remove it, or set endpoint"
+
+
+def _as_speaker(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+OptionalSpeaker = Annotated[Speaker | None, BeforeValidator(_as_speaker, json_schema_input_type=str | Speaker | None)]
+
+
+@section
+class CaiGeneration:
+    """How answers, critiques, revisions and the two answers of a pair are sampled."""
+
+    max_new_tokens: Count = 256
+    """Longest answer or revision, in tokens."""
+    max_critique_tokens: Count | None = None
+    """Longest critique, and longest reasoning of a judge; null: as max_new_tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Divides the logits; 0 takes the most probable token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens that holds so much probability."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from so many most probable tokens; 0 from all. Local models only."""
+    batch: Count = 32
+    """Prompts of like length that a local model answers at a time on a device; rows are kept as their batch is done."""
+
+
+def _as_phases(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Phase = Literal["answers", "revisions", "train", "pairs", "preferences"]
+
+
+@section
+class CaiMethod:
+    """Constitutional AI (arXiv 2212.08073): critiques and revisions (SL-CAI), then labels from AI feedback."""
+
+    constitution: str = "default"
+    """A YAML file of principles, or the name of one in recipes/constitution."""
+    phases: Annotated[list[Phase], BeforeValidator(_as_phases, json_schema_input_type=Phase | list[Phase])] = Field(
+        default_factory=lambda: list(PHASES), min_length=1
+    )
+    """What is done, in this order: answers (first answers), revisions (critique and revision, in turn), train (the
+    SL-CAI model), pairs (two answers a prompt), preferences (the judge's labels)."""
+    rows: str | None = None
+    """A directory, such as a finished cai run, whose files stand for the phases left out: its answers.jsonl,
+    revisions.jsonl and pairs.jsonl, perhaps mended by hand."""
+    revisions: Count = 4
+    """How often each answer is criticised and revised, a principle drawn anew each time."""
+    examples: Annotated[int, Field(ge=0)] | None = None
+    """How many of the constitution's dialogues are shown before a critique or a revision; null: all."""
+    harmless: Sources | None = None
+    """Prompts that look alarming and are not. They go through every phase, under principles of their own, and refusals
+    among their answers are counted."""
+    helpful: Sources | None = None
+    """Helpful demonstrations that the revisions are mixed with in training."""
+    train_on: Literal["all", "last"] = "all"
+    """Which revisions of a chain are trained on."""
+    pairs: Literal["sampled", "revised"] = "sampled"
+    """sampled: two answers of the SL-CAI model; revised: the first answer and its last revision."""
+    judge: bool = True
+    """Whether pairs are judged. false: the revision is the better one, which needs pairs=revised."""
+    chain_of_thought: bool = False
+    """Let the judge reason before it chooses."""
+    clamp: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
+    """Bounds for the probability that each order gives; null: 0.4 to 0.6 after reasoning, since what is reasoned
+    comes out near 0 or 1, and none otherwise."""
+    warn_above: Fraction = 0.1
+    """Share of weak rows (empty, unparsable, copied or unchanged revisions, refusals of harmless prompts, judges that
+    always choose the same letter) above which the run warns."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        wanted = list(self.phases)
+        if wanted != [phase for phase in PHASES if phase in wanted]:
+            yield "method.phases", f"is out of order or repeats itself; the order is {', '.join(PHASES)}"
+        for phase in wanted:
+            before = NEEDS_PHASE.get(phase)
+            if before and before not in wanted and self.rows is None:
+                yield "method.phases", f"{phase} reads what {before} writes; add {before}, or set method.rows"
+        if "pairs" in wanted and self.pairs == "revised" and "revisions" not in wanted and self.rows is None:
+            yield "method.phases", "pairs=revised reads what revisions writes; add revisions, or set method.rows"
+        if not self.judge and self.pairs != "revised":
+            yield "method.judge", "false takes the revision as the better answer; set method.pairs=revised"
+        if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
+            yield "method.clamp", f"is {self.clamp}; give the lower bound first, such as [0.4, 0.6]"
+
+
+def cai_rules(recipe: Any) -> Iterator[tuple[str, str]]:
+    """Problems between sections of an `align cai` recipe."""
+    for key in ("writer", "feedback"):
+        speaker = getattr(recipe, key)
+        if speaker is not None:
+            yield from speaker.problems(key)
+    method, data = recipe.method, recipe.data
+    if recipe.generation.temperature == 0 and "pairs" in method.phases and method.pairs == "sampled":
+        yield (
+            "generation.temperature",
+            "is 0, and two greedy answers are the same; set it above 0, or method.pairs=revised",
+        )
+    room = data.max_length - recipe.generation.max_new_tokens
+    if room < 1:
+        yield (
+            "generation.max_new_tokens",
+            f"is {recipe.generation.max_new_tokens} and leaves no room for a prompt in data.max_length="
+            f"{data.max_length}; raise data.max_length or lower it",
+        )
+    if isinstance(data.eval, list):
+        yield "data.eval", "is a fraction in cai: the share of prompts whose revisions are held out from training"
+    if data.streaming:
+        yield "data.streaming", "is not for cai, whose rows are kept one by one; remove it"

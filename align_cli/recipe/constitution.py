@@ -1,0 +1,144 @@
+"""A constitution: principles that people can read and argue about, from YAML, with every problem at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+
+from align_cli.errors import RecipeError, did_you_mean, raise_all
+from align_cli.recipe import files, places
+from align_cli.recipe.sections import section
+
+GROUP = "constitution"
+"""Folder of recipes/ that holds constitutions."""
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Kind = Literal["red-team", "harmless"]
+"""What a prompt is known to be, by the source it comes from."""
+
+
+@section
+class Principle:
+    """One thing that an answer should be held to."""
+
+    id: Text
+    """A short name, for rows and reports."""
+    critique_request: Text
+    """Put to the model after an answer of its own."""
+    revision_request: Text
+    """Put to the model after its critique."""
+    comparison: Text
+    """The question that a judge of two answers is asked."""
+    prompts: Literal["all", "red-team", "harmless"] = "all"
+    """Which prompts it is drawn for."""
+
+
+@section
+class Example:
+    """A dialogue of answer, critique and revision, shown before the model's own."""
+
+    prompt: Text
+    answer: Text
+    critique_request: Text
+    critique: Text
+    revision_request: Text
+    revision: Text
+    prompts: Literal["all", "red-team", "harmless"] = "all"
+    """Which prompts it is shown before."""
+
+
+@section
+class Principles:
+    """The file."""
+
+    principles: Annotated[list[Principle], Field(min_length=1)]
+    examples: list[Example] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Constitution:
+    """A constitution and the file it stands in."""
+
+    path: str
+    sha256: str
+    principles: list[Principle]
+    examples: list[Example]
+
+    def drawn_for(self, kind: Kind) -> list[Principle]:
+        """The principles for prompts of a kind."""
+        return [one for one in self.principles if one.prompts in ("all", kind)]
+
+    def shown_before(self, kind: Kind, count: int | None) -> list[Example]:
+        """The first so many dialogues for prompts of a kind; None for all of them."""
+        return [one for one in self.examples if one.prompts in ("all", kind)][:count]
+
+
+def find(named: str) -> Path:
+    """The file that `method.constitution` means: a path, or a name in recipes/constitution. Raises RecipeError."""
+    known = places.group_files(GROUP)
+    file = known.get(named.removesuffix(".yaml")) if "/" not in named else None
+    if Path(named).is_file():
+        return Path(named)
+    if file is None:
+        near = did_you_mean(named, list(known)) or f"; known: {', '.join(known)}, or the path of a YAML file"
+        raise RecipeError(f"method.constitution: {named}: no such constitution{near}")
+    return file
+
+
+def load(named: str) -> Constitution:
+    """The constitution that a recipe names. Raises RecipeError with every problem, each with its line."""
+    import yaml
+
+    file = find(named)
+    files.read(file)  # syntax, keys written twice, tags
+    text = file.read_bytes()
+    try:
+        held = _adapter().validate_json(json.dumps(yaml.safe_load(text), default=str), strict=True)
+    except ValidationError as error:
+        raise RecipeError(*dict.fromkeys(_explain(file, detail) for detail in error.errors())) from None
+    twice = [name for name, count in Counter(one.id for one in held.principles).items() if count > 1]
+    raise_all(RecipeError, [f"{file}: the principle '{name}' is there twice; rename one" for name in twice])
+    return Constitution(str(file), hashlib.sha256(text).hexdigest(), held.principles, held.examples)
+
+
+def problems(named: str, kinds: list[Kind]) -> list[str]:
+    """Every problem of a constitution that is to serve prompts of these kinds, one line each."""
+    try:
+        held = load(named)
+    except RecipeError as error:
+        return list(error.lines)
+    return [
+        f"{held.path}: no principle is for {kind} prompts; add one, with prompts: {kind} or all"
+        for kind in kinds
+        if not held.drawn_for(kind)
+    ]
+
+
+@cache
+def _adapter() -> TypeAdapter:
+    return TypeAdapter(Principles)
+
+
+def _explain(file: Path, detail: dict[str, Any]) -> str:
+    """One of pydantic's errors, with the line it is about."""
+    location, given, kind = list(detail["loc"]), detail.get("input"), detail["type"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    lines = (files.line_of(file, location[:end]) for end in range(len(location), 0, -1))
+    line = next((found for found in lines if found), None)
+    where = f"{file}:{line}" if line else str(file)
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{where}: {key}: is missing; write it"
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        cls = Principles if len(location) == 1 else Principle if location[0] == "principles" else Example
+        known = list(cls.__pydantic_fields__)
+        return f"{where}: {key}: unknown key{did_you_mean(str(location[-1]), known) or '; known: ' + ', '.join(known)}"
+    if kind in ("string_too_short", "too_short"):
+        return f"{where}: {key}: is empty; write it, or remove the entry"
+    expected = detail["msg"].replace("Input should be", "expected").replace("a valid ", "a ")
+    return f"{where}: {key}: {expected}, found {type(given).__name__} {given!r:.60}"

@@ -1,0 +1,113 @@
+"""What `align cai` names beside model and prompts: constitution, speakers, further prompts, rows of an earlier run.
+
+Looked at before anything starts. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from align_cli.data.groups import Count, check_sources
+from align_cli.model import templates
+from align_cli.model.endpoint import key_problems
+from align_cli.recipe import constitution
+from align_cli.recipe.cai import NEEDS_PHASE, CaiMethod, Speaker
+from align_cli.recipe.schema import CaiRecipe
+from align_cli.recipe.sections import Data
+from align_cli.run.upstream import policy_problems
+
+COLUMNS = {
+    "answers": ("row", "kind", "prompt", "answer"),
+    "revisions": ("row", "kind", "prompt", "answer", "chain", "revision"),
+    "pairs": ("row", "kind", "prompt", "answers"),
+}
+"""What a row of each file must hold."""
+
+
+def law(method: CaiMethod) -> tuple[list[str], list[Count]]:
+    """A line for everything wrong with the constitution; or its count, so that a changed one makes a run stale."""
+    kinds = ["red-team", *(["harmless"] if method.harmless else [])]
+    if lines := constitution.problems(method.constitution, kinds):
+        return lines, []
+    return [], [law_count(constitution.load(method.constitution))]
+
+
+def law_count(held: constitution.Constitution) -> Count:
+    """A constitution as a source of the manifest."""
+    number = len(held.principles)
+    return Count(held.path, rows_read=number, rows_used=number, format="constitution", fingerprint=held.sha256)
+
+
+def speaker_problems(key: str, speaker: Speaker, starting: bool, todo: list[str]) -> list[str]:
+    """Why a writer or a judge cannot serve. An endpoint is not asked before the run starts."""
+    if speaker.path is None:
+        return key_problems(speaker, key)
+    found = policy_problems(f"{key}.path", speaker.path, starting, todo)
+    said = templates.problems(speaker.path, speaker.chat_template)
+    return found + [line.replace("model.", f"{key}.") for line in said]
+
+
+def sources(method: CaiMethod, data: Data) -> tuple[list[str], list[Count]]:
+    """Problems and counts of the further prompts and of the helpful data."""
+    lines: list[str] = []
+    counts: list[Count] = []
+    for key, need in (("harmless", "prompts"), ("helpful", "demonstrations")):
+        named = getattr(method, key)
+        if named:
+            more = Data(train=named, max_dropped=data.max_dropped, drop_empty=data.drop_empty)
+            found, count = check_sources(more, need)
+            lines, counts = lines + found, counts + count
+    return lines, counts
+
+
+def row_problems(method: CaiMethod) -> list[str]:
+    """Why the files of `method.rows` cannot stand for the phases that are left out."""
+    if method.rows is None:
+        return []
+    wanted = {NEEDS_PHASE[phase] for phase in method.phases if phase in NEEDS_PHASE} - set(method.phases)
+    if "pairs" in method.phases and method.pairs == "revised" and "revisions" not in method.phases:
+        wanted.add("revisions")
+    return [line for phase in sorted(wanted & set(COLUMNS)) for line in _file_problems(Path(method.rows), phase)]
+
+
+def _file_problems(folder: Path, phase: str) -> Iterator[str]:
+    file = folder / f"{phase}.jsonl"
+    if not file.is_file():
+        yield f"method.rows: {file}: no such file; name a directory that holds it, or add {phase} to method.phases"
+        return
+    seen: set[Any] = set()
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            yield f"{file}:{number}: not valid JSON ({error}); mend or remove the line"
+            continue
+        missing = [name for name in COLUMNS[phase] if not isinstance(row, dict) or name not in row]
+        if missing:
+            yield f"{file}:{number}: lacks {', '.join(missing)}; write what `align cai` writes, or remove the line"
+        elif row["row"] in seen:
+            yield f"{file}:{number}: row {row['row']} is there twice; remove one"
+        else:
+            seen.add(row["row"])
+
+
+def steps(recipe: CaiRecipe, counts: list[Count], batch: int) -> int | None:
+    """Optimizer steps if every revision can be used; None where nothing is trained or a count is not known."""
+    method = recipe.method
+    if "train" not in method.phases:
+        return None
+    asked = [*recipe.data.train, *(method.harmless or [])]
+    helpful = method.helpful or []
+    # the constitution's stands last
+    if len(counts) != len(asked) + len(helpful) + 1:
+        return None
+    revised = sum(count.rows_used * source.weight for count, source in zip(counts, asked, strict=False))
+    mixed = sum(count.rows_used * source.weight for count, source in zip(counts[len(asked) :], helpful, strict=False))
+    rows = revised * (method.revisions if method.train_on == "all" else 1) + mixed
+    if isinstance(recipe.data.eval, float):
+        rows *= 1 - recipe.data.eval
+    return math.ceil(math.ceil(round(rows) / batch) * recipe.trainer.get("num_train_epochs", 3.0))

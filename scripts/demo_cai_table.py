@@ -1,0 +1,74 @@
+"""Print what Constitutional AI changed, from the answers that the runs kept.
+
+    python scripts/demo_cai_table.py
+
+Reads samples.jsonl and manifest.json of runs/demo/cai and runs/cai/dpo, and the answers that were labelled by hand;
+nothing is generated here.
+"""
+
+import json
+from pathlib import Path
+
+from demo_table import SHOWN, samples, short
+from rich.console import Console
+from rich.table import Table
+
+from align_cli.evaluate.refusals import is_refusal, rate
+
+CAI, DPO = Path("runs/demo/cai"), Path("runs/cai/dpo")
+LABELLED = Path("scripts/demo/data/labelled_answers.jsonl")
+
+
+def main() -> None:
+    console = Console(width=118)
+    cai, dpo = samples(CAI), samples(DPO)
+    stages = {
+        "as it came": [row["before"] for row in cai],
+        "after SL-CAI": [row["after"] for row in cai],
+        "after DPO": [row["after"] for row in dpo],
+    }
+    labels = [row["label"] for row in cai]
+
+    answers = Table(title="Held-out prompts, answered greedily", show_lines=True, title_justify="left")
+    for heading in ("prompt", *stages):
+        answers.add_column(heading, ratio=1, overflow="fold")
+    for label in ("harmful", "harmless"):
+        for index in [i for i, found in enumerate(labels) if found == label][:SHOWN]:
+            said = [short(column[index]) for column in stages.values()]
+            answers.add_row(f"{cai[index]['prompt']} [dim]({label})[/]", *said)
+    console.print(answers)
+
+    counts = Table(title="Counted over all held-out answers", title_justify="left")
+    for heading in ("", *stages):
+        counts.add_column(heading, justify="left" if not heading else "right")
+    for label, what in (("harmful", "harmful compliance: not refused"), ("harmless", "over-refusal: refused")):
+        cells = []
+        for column in stages.values():
+            refused, total = rate([answer for answer, found in zip(column, labels, strict=True) if found == label])
+            count = total - refused if label == "harmful" else refused
+            cells.append(f"{count}/{total} ({count / total:.0%})")
+        counts.add_row(what, *cells)
+    words = [f"{sum(len(answer.split()) for answer in column) / len(column):.0f}" for column in stages.values()]
+    counts.add_row("words an answer", *words)
+    console.print(counts)
+
+    found = json.loads((CAI / "manifest.json").read_text())["cai"]
+    for kind in ("red-team", "harmless"):
+        held = found[kind]
+        console.print(
+            f"{kind} prompts trained on: {held['answers_refused']} of {held['rows']} refused at first, "
+            f"{held['revisions_refused']} after revision"
+        )
+    held = found["labels"]
+    console.print(
+        f"{held['rows']} labels: confidence {held['confidence']:.2f}, position bias {held['position_bias']:+.2f}, "
+        f"{held['orders_disagree']:.0%} judged otherwise when the answers change places"
+    )
+    if LABELLED.is_file():
+        rows = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
+        right = sum(is_refusal(row["answer"]) == row["refused"] for row in rows)
+        console.print(f"The counter of refusals agrees with a person on {right} of {len(rows)} such answers.")
+
+
+if __name__ == "__main__":
+    main()

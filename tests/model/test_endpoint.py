@@ -1,0 +1,100 @@
+"""A model behind an endpoint, against a real server that limits, fails, cuts off and refuses."""
+
+from collections import Counter
+
+import api
+import pytest
+
+from align_cli.errors import AlignError
+from align_cli.model.endpoint import Endpoint, cost, key_problems
+from align_cli.recipe.cai import Speaker
+
+ASK = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def server():
+    server = api.Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def endpoint(server, monkeypatch):
+    return made(server.address, monkeypatch)
+
+
+def made(address, monkeypatch, key=api.KEY, **more):
+    monkeypatch.setenv("THE_KEY", key)
+    spent, waited = Counter(), []
+    speaker = Speaker(endpoint=address, model="m", key_env="THE_KEY", **{"retries": 3, "timeout": 0.5} | more)
+    endpoint = Endpoint(speaker, "feedback", spent.update, waited.append)
+    endpoint.spent, endpoint.waited = spent, waited
+    return endpoint
+
+
+def refusal(endpoint):
+    with pytest.raises(AlignError) as caught:
+        endpoint.complete(ASK)
+    (line,) = caught.value.lines
+    assert api.KEY not in line and "\n" not in line
+    return line
+
+
+def test_an_answer_and_what_it_used(endpoint):
+    endpoint.probe()
+    assert endpoint.complete(ASK)["message"]["content"] == "I can help you with 5 letters."
+    assert endpoint.spent == {"requests": 1, "prompt_tokens": 10, "completion_tokens": 4} and not endpoint.waited
+    priced = Speaker(endpoint="http://x", model="m", price={"prompt": 1.0, "completion": 5.0})
+    assert cost({"prompt_tokens": 1_000_000, "completion_tokens": 200_000}, priced) == 2.0
+    assert cost({}, endpoint.speaker) is None
+
+
+@pytest.mark.parametrize(
+    ("trouble", "counted"),
+    [("429", "rate_limit"), ("500", "server"), ("cut", "truncated"), ("junk", "truncated"), ("slow", "timeout")],
+)
+def test_what_may_go_better_is_sent_again_and_counted(server, endpoint, trouble, counted):
+    server.trouble = [trouble, trouble]
+    assert endpoint.complete(ASK)["message"]["content"]
+    assert endpoint.spent[f"retries_{counted}"] == 2 and endpoint.spent["requests"] == 1
+    first, second = endpoint.waited
+    if trouble == "429":  # as long as the server asks for
+        assert (first, second) == (0.0, 0.0)
+    else:
+        assert 0.75 <= first <= 1.25 and 1.5 <= second <= 2.5
+
+
+def test_after_the_last_attempt_it_is_said_in_one_line(server, endpoint):
+    server.trouble = ["429"] * 4
+    assert "429" in (line := refusal(endpoint)) and "4 times" in line and "lower feedback.concurrency" in line
+    server.trouble = ["500"] * 4
+    assert "answered 500 (no luck with" in (line := refusal(endpoint)) and "the same command goes on" in line
+
+
+def test_a_wrong_key_is_not_tried_again(server, monkeypatch):
+    endpoint = made(server.address, monkeypatch, key="sk-wrong-key")
+    line = refusal(endpoint)
+    assert "refused the key (401); set THE_KEY to a key that it takes" in line and "sk-wrong" not in line
+    assert not endpoint.waited
+    with pytest.raises(AlignError, match="refused the key"):
+        endpoint.probe()
+
+
+def test_nobody_there(server, monkeypatch):
+    server.shutdown()
+    server.server_close()
+    endpoint = made(server.address, monkeypatch)
+    with pytest.raises(AlignError, match=r"cannot be reached \(Connection refused\); start or mend the server"):
+        endpoint.probe()
+    assert "4 times" in refusal(endpoint) and endpoint.spent["retries_connection"] == 3
+
+
+def test_a_key_that_is_not_set(monkeypatch):
+    monkeypatch.delenv("THE_KEY", raising=False)
+    speaker = Speaker(endpoint="http://x", model="m", key_env="THE_KEY")
+    (line,) = key_problems(speaker, "feedback")
+    assert line.startswith("feedback.key_env: THE_KEY is not set")
+    # what is no name may be the key itself
+    assert key_problems(Speaker(endpoint="http://x", model="m", key_env="sk-1"), "feedback") == []
