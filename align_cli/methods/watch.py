@@ -120,8 +120,25 @@ class OrderlyStop(TrainerCallback):
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def listen(self) -> None:
+        """Take note of signals from now on."""
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def heard(self, device: Any) -> int | None:
+        """The signal that any rank received: every rank must stop at the same step, or the others wait for ever."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            heard = torch.tensor([self.received or 0], device=device)
+            torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(heard.item()) or None
+        return self.received
+
+    def leave(self) -> None:
+        """Let signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.listen()
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is not None:
@@ -131,15 +148,9 @@ class OrderlyStop(TrainerCallback):
         print(f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # every rank must stop at the same step, or the others wait for it for ever
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            heard = torch.tensor([self.received or 0], device=args.device)
-            torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX)
-            self.received = int(heard.item()) or None
-        if self.received is not None:
+        if self.heard(args.device) is not None:
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self.leave()

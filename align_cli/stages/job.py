@@ -54,6 +54,8 @@ class Outcome:
     stopped_by: int | None = None
     """Signal that ended training early; such a run is not finished."""
     extra: dict[str, Any] = field(default_factory=dict)
+    parents: list[dict[str, Any]] = field(default_factory=list)
+    """Parents beside those that the recipe names: the last of a loop's rounds."""
 
 
 def fold_in(counts: list[Count], tally: Tally, max_dropped: float) -> list[str]:

@@ -16,6 +16,8 @@ from align_cli.data import chat
 from align_cli.run.directory import write_atomically
 from align_cli.stages.job import Job
 
+KEPT = ".samples-before.json"
+"""Where a run keeps the answers from before its first step until it has those from after its last."""
 BATCH = 32
 """Prompts answered at a time."""
 
@@ -26,7 +28,7 @@ class Samples:
     def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase):
         self.job, self.tokenizer = job, tokenizer
         self.rows = _rows(job.recipe.samples.prompts) if job.recipe.samples else []
-        self.kept = job.run.path / ".samples-before.json"
+        self.kept = job.run.path / KEPT
 
     def answer(self, trainer: Trainer, when: str) -> None:
         """Answer every prompt `before` or `after` training; the second time writes samples.jsonl.
@@ -58,7 +60,7 @@ class Samples:
         ends, answers = chat.generation_ends(self.tokenizer), []
         training = model.training
         model.eval()
-        with _whole(model), torch.no_grad(), trainer.accelerator.autocast():
+        with whole(model, trainer.accelerator.device), torch.no_grad(), trainer.accelerator.autocast():
             for start in range(0, len(texts), BATCH):
                 batch = self.tokenizer(
                     texts[start : start + BATCH],
@@ -84,9 +86,11 @@ class Samples:
         return answers
 
 
-def _whole(model: Any):
-    """All parameters on this rank while it generates: under ZeRO-3 each holds only a part."""
+def whole(model: Any, device: Any):
+    """All parameters on this rank's device while it generates: under ZeRO-3 each rank holds only a part, and under
+    ZeRO-1 and 2 trainers leave the model on the host until they train."""
     if not is_deepspeed_zero3_enabled():
+        model.to(device)
         return contextlib.nullcontext()
     import deepspeed
 
