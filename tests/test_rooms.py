@@ -20,12 +20,20 @@ MAY = {
     "model": set(),
     "methods": {"data", "model"},
     # of reports, a stage may write the page that goes into its run; of evaluation, it may count refusals
-    "stages": {"methods", "data", "model", "run.directory", "report.audit", "evaluate.refusals"},
+    "stages": {"methods", "data", "model", "run.directory", "run.manifest", "report.audit", "evaluate.refusals"},
     "run": {"recipe", "data", "model", "stages"},
     "report": {"recipe", "run", "data", "model"},
     "evaluate": {"run", "data", "model", "methods"},
 }
-FREE = {"errors", "recipe.schema", "recipe.sections", "recipe.online", "recipe.cai", "recipe.constitution"}
+FREE = {
+    "errors",
+    "recipe.schema",
+    "recipe.sections",
+    "recipe.online",
+    "recipe.dpo",
+    "recipe.cai",
+    "recipe.constitution",
+}
 
 
 def imports(file: Path, *, top_only: bool = False):

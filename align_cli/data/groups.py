@@ -39,7 +39,7 @@ LINES = 20
 """Problems of one source that are printed."""
 STREAMED_EVAL = 512
 """Most groups that a fraction holds out for evaluation while streaming."""
-PAIRINGS = ("best-worst", "adjacent", "all")
+PAIRINGS = ("best-worst", "best-random", "adjacent", "all")
 LABELLINGS = ("best-worst", "best-rest")
 CHECKED = 64 << 20
 """Bytes of a file that `align check` reads."""

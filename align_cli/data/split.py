@@ -75,12 +75,16 @@ def labelled(group: Group, how: Literal["best-worst", "best-rest"]) -> list[tupl
     return [(0, True), *((w, False) for _, w in (worse[-1:] if how == "best-worst" else worse))]
 
 
-def preference_pairs(group: Group, how: Literal["best-worst", "all", "adjacent"]) -> list[tuple[int, int]]:
+def preference_pairs(
+    group: Group, how: Literal["best-worst", "best-random", "all", "adjacent"]
+) -> list[tuple[int, int]]:
     """(better, worse) indices into the group's responses, best pairs first; pairs of equal scores are left out."""
     k = len(group.responses)
     match how:
         case "best-worst":
             pairs = [(0, k - 1)]
+        case "best-random" if k > 1:
+            pairs = [(0, 1 + hashed(0, "pair", content(group)) % (k - 1))]
         case "adjacent":
             pairs = [(at, at + 1) for at in range(k - 1)]
         case _:

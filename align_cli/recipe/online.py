@@ -125,7 +125,23 @@ class Guard:
             yield "guards", f"the guard on {self.metric} has no threshold; give above, below or drop"
 
 
-def online_rules(generation: Generation, data: Any, trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def guard_rules(guards: list[Guard], gold: Any) -> Iterator[tuple[str, str]]:
+    """What concerns guards and what they watch."""
+    for guard in guards:
+        yield from guard.rules()
+    if any(guard.metric == "gold_reward" for guard in guards) and gold is None:
+        yield "gold", "is missing, and a guard watches gold_reward; name a held-out reward model"
+
+
+def reward_rules(rewards: list[RewardSource]) -> Iterator[tuple[str, str]]:
+    """What is wrong with each source of reward."""
+    for at, source in enumerate(rewards):
+        place = f"reward[{at}]" if len(rewards) > 1 else "reward"
+        yield from ((f"{place}.{key}", text) for key, text in source.rules())
+
+
+def room_rules(generation: Generation, data: Any) -> Iterator[tuple[str, str]]:
+    """What is wrong where prompt and response do not fit into data.max_length."""
     room = data.max_length - generation.max_new_tokens
     if room < 1:
         yield (
@@ -139,6 +155,11 @@ def online_rules(generation: Generation, data: Any, trainer: dict[str, Any]) -> 
             f"is {data.max_prompt_length}, but {generation.max_new_tokens} new tokens of data.max_length="
             f"{data.max_length} leave {room}; set data.max_prompt_length={room}",
         )
+
+
+def online_rules(generation: Generation, data: Any, trainer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What concerns stages that sample while they train."""
+    yield from room_rules(generation, data)
     if data.batch_size is None:
         yield "data.batch_size", "is missing; set it to the episodes of a rollout, over all ranks"
     if isinstance(data.eval, (list, float)):

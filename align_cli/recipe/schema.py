@@ -12,7 +12,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from align_cli.recipe.cai import CaiGeneration, CaiMethod, OptionalSpeaker, cai_rules
-from align_cli.recipe.online import Generation, GrpoMethod, Guard, PpoMethod, Rewards, RlooMethod, online_rules
+from align_cli.recipe.dpo import DpoMethod, SpinMethod, round_rules, spin_rules
+from align_cli.recipe.online import (
+    Generation,
+    GrpoMethod,
+    Guard,
+    PpoMethod,
+    Rewards,
+    RlooMethod,
+    guard_rules,
+    online_rules,
+    reward_rules,
+)
 from align_cli.recipe.preferences import KtoMethod, OrpoMethod, SimpoMethod, kto_rules, pair_rules
 from align_cli.recipe.sections import (
     Count,
@@ -21,7 +32,6 @@ from align_cli.recipe.sections import (
     Lora,
     Model,
     OtherModel,
-    Positive,
     Samples,
     Source,
     Zero,
@@ -39,61 +49,6 @@ class SftMethod:
     """Which assistant turns of a conversation are trained; everything else is masked."""
     packing: bool = False
     """Put several rows into one sequence of max_length; rows do not see each other."""
-
-
-DPO_LOSSES = Literal[
-    "sigmoid",
-    "cdpo",
-    "robust",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-]
-
-
-def _as_losses(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-@section
-class DpoMethod:
-    """Direct preference optimization (arXiv 2305.18290)."""
-
-    loss: Annotated[
-        list[DPO_LOSSES], BeforeValidator(_as_losses, json_schema_input_type=DPO_LOSSES | list[DPO_LOSSES])
-    ] = Field(default_factory=lambda: ["sigmoid"], min_length=1)
-    """Loss, or a list of losses that are added up with `loss_weights`."""
-    loss_weights: list[float] | None = None
-    """One weight a loss; null weighs all by 1."""
-    beta: Positive = 0.1
-    """Strength of the pull to the reference (β in eq. 7; τ for ipo)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed probability that a label is flipped; used by cdpo, robust, exo_pair, aot and aot_unpaired."""
-    pairs: Literal["best-worst", "all", "adjacent"] = "best-worst"
-    """Which pairs a ranking of K > 2 gives: one, all K(K-1)/2, or K-1 neighbours."""
-    precompute_reference: bool = False
-    """Compute the reference's log-probabilities once, keep them on disk for later runs, and hold one model less."""
-
-    def rules(self) -> Iterator[tuple[str, str]]:
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
-            yield (
-                "method.loss_weights",
-                f"has {len(self.loss_weights)} weights for {len(self.loss)} losses; give one each",
-            )
-        if "exo_pair" in self.loss and self.label_smoothing == 0:
-            yield "method.label_smoothing", "must be above 0 for exo_pair; the paper uses 1e-3"
-        if "cdpo" in self.loss and len(self.loss) > 1:
-            yield "method.loss", "cdpo cannot be mixed with other losses; use robust or sigmoid in the mixture"
 
 
 @section
@@ -163,7 +118,28 @@ class DpoRecipe(Recipe):
 
     method: DpoMethod = Field(default_factory=DpoMethod)
     reference: OtherModel | None = None
-    """Default: the starting policy."""
+    """Default: the starting policy; with method.rounds, each round's start."""
+    reward: Rewards | None = None
+    """What scores the answers of method.rounds: a finished `align rm` run, or several with weights."""
+    gold: OtherModel | None = None
+    """A held-out reward model that is watched between rounds and never optimised."""
+    generation: Generation = Field(default_factory=Generation)
+    guards: list[Guard] = Field(default_factory=list)
+    """Watchers of a round's answers, before it trains. Patience counts rounds; raise_kl raises β from that round on."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from round_rules(self)
+
+
+@section
+class SpinRecipe(Recipe):
+    """align spin"""
+
+    method: SpinMethod = Field(default_factory=SpinMethod)
+    generation: Generation = Field(default_factory=Generation)
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from spin_rules(self)
 
 
 @section
@@ -233,13 +209,8 @@ class OnlineRecipe(Recipe):
 
     def rules(self) -> Iterator[tuple[str, str]]:
         yield from online_rules(self.generation, self.data, self.trainer)
-        for guard in self.guards:
-            yield from guard.rules()
-        for at, source in enumerate(self.reward):
-            place = f"reward[{at}]" if len(self.reward) > 1 else "reward"
-            yield from ((f"{place}.{key}", text) for key, text in source.rules())
-        if any(guard.metric == "gold_reward" for guard in self.guards) and self.gold is None:
-            yield "gold", "is missing, and a guard watches gold_reward; name a held-out reward model"
+        yield from reward_rules(self.reward)
+        yield from guard_rules(self.guards, self.gold)
 
 
 @section
@@ -305,6 +276,7 @@ STAGES: dict[str, type[Recipe]] = {
     "simpo": SimpoRecipe,
     "kto": KtoRecipe,
     "cai": CaiRecipe,
+    "spin": SpinRecipe,
 }
 """Every stage that a recipe can be written for."""
 

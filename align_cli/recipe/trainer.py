@@ -26,6 +26,7 @@ CONFIGS = {
     "simpo": (None, "TrainingArguments"),
     "kto": ("trainer/kto_config.py", "KTOConfig"),
     "cai": ("trainer/sft_config.py", "SFTConfig"),
+    "spin": ("trainer/dpo_config.py", "DPOConfig"),
 }
 """Stage -> the config whose fields `trainer:` may set: TRL's file and class, or transformers' own."""
 
@@ -81,6 +82,17 @@ PAIRS: dict[str, str | None] = {
 }
 """The same, for stages whose steps are cut by tokens."""
 
+DPO: dict[str, str | None] = {
+    "beta": "method.beta",
+    "precompute_ref_log_probs": "method.precompute_reference",
+    "truncation_mode": None,
+    # the moving reference would have to be part of every checkpoint to resume exactly
+    "sync_ref_model": None,
+    "ref_model_mixup_alpha": None,
+    "ref_model_sync_steps": None,
+}
+"""The same, of TRL's DPO trainer."""
+
 STAGE_OWNED: dict[str, dict[str, str | None]] = {
     "sft": {
         "packing": "method.packing",
@@ -117,17 +129,11 @@ STAGE_OWNED: dict[str, dict[str, str | None]] = {
         "normalize_advantages": "method.normalize_advantages",
         "reward_clip_range": "reward",
     },
-    "dpo": {
+    "dpo": DPO
+    | {
         "loss_type": "method.loss",
         "loss_weights": "method.loss_weights",
-        "beta": "method.beta",
         "label_smoothing": "method.label_smoothing",
-        "precompute_ref_log_probs": "method.precompute_reference",
-        "truncation_mode": None,
-        # the moving reference would have to be part of every checkpoint to resume exactly
-        "sync_ref_model": None,
-        "ref_model_mixup_alpha": None,
-        "ref_model_sync_steps": None,
     },
     "orpo": PAIRS | {"label_smoothing_factor": None},
     "simpo": PAIRS,
@@ -162,6 +168,7 @@ STAGE_OWNED: dict[str, dict[str, str | None]] = {
         "eval_packing": None,
         "shuffle_dataset": None,
     },
+    "spin": DPO | {"loss_type": None, "loss_weights": None, "label_smoothing": None},
 }
 """The same, for the fields of one stage's config."""
 

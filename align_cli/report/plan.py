@@ -11,7 +11,7 @@ from rich.text import Text
 from align_cli.model import kind
 from align_cli.model.memory import GIB
 from align_cli.recipe.sections import Source
-from align_cli.run import devices
+from align_cli.run import devices, loops
 from align_cli.run.footprint import resolve_dtype
 from align_cli.run.preflight import Plan
 
@@ -28,8 +28,11 @@ def show(plan: Plan, console: Console) -> None:
         rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
     if hasattr(recipe, "reference"):
         held = getattr(recipe.method, "needs_reference", lambda: True)()
-        named = recipe.reference.path if recipe.reference else "the policy as it starts"
+        own = "each round's start" if loops.sampling(recipe) else "the policy as it starts"
+        named = recipe.reference.path if recipe.reference else own
         rows.append(("reference", named if held else "none, since nothing is compared with one"))
+    for source in getattr(recipe, "reward", None) or []:
+        rows.append(("reward", source.path or f"{source.verify.kind}, compared with '{source.verify.column}'"))
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
         if isinstance(value, list):
@@ -45,7 +48,7 @@ def show(plan: Plan, console: Console) -> None:
             rows.append((role, named))
     for line in plan.notes:
         rows.append(("", line))
-    rows.append(("method", _settings(recipe.method)))
+    rows.append(("method", _settings(recipe.method, loops.idle(recipe))))
     batch = plan.batch
     rows.append(
         (
@@ -55,7 +58,10 @@ def show(plan: Plan, console: Console) -> None:
         )
     )
     about = "about " if plan.roughly() else ""
-    rows.append(("steps", f"{about}{steps}" if (steps := plan.steps()) else "known when the rows are read"))
+    rounds = loops.plan(recipe, plan.counts, batch.total)
+    rows += rounds
+    if not rounds:
+        rows.append(("steps", f"{about}{steps}" if (steps := plan.steps()) else "known when the rows are read"))
     device = "GPU" if devices.gpus() else "CPU"
     hosts = f" over {recipe.launch.hostfile}" if recipe.launch.hostfile else ""
     rows.append(("ranks", f"{plan.ranks} × {device}{hosts}, ZeRO stage {recipe.zero.stage}"))
@@ -75,8 +81,8 @@ def show(plan: Plan, console: Console) -> None:
     console.print(grid, highlight=False)
 
 
-def _settings(section: object) -> str:
-    shown = [(field.name, getattr(section, field.name)) for field in fields(section)]
+def _settings(section: object, idle: set[str]) -> str:
+    shown = [(field.name, getattr(section, field.name)) for field in fields(section) if field.name not in idle]
     return ", ".join(f"{name} {_plain(value)}" for name, value in shown if value not in (None, []))
 
 

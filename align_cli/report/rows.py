@@ -11,6 +11,7 @@ from rich.text import Text
 from align_cli.data import chat
 from align_cli.data.groups import labelled, read_groups, stream_groups
 from align_cli.model import kind, load
+from align_cli.run import loops
 from align_cli.run.preflight import NEEDS, Plan
 
 TRAINED, MASKED, SPECIAL = "bold green", "dim", "bold magenta"
@@ -22,7 +23,7 @@ def show(plan: Plan, count: int, console: Console) -> None:
     held = kind.look(recipe.model.path)
     path = recipe.model.path if held.kind not in ("missing", "unfinished") else plan.tokenizer_path()
     tokenizer = load.tokenizer(recipe.model, path)
-    need = NEEDS[stage]
+    need = "prompts" if loops.sampling(recipe) else NEEDS[stage]
     if recipe.data.streaming:
         groups = list(islice(stream_groups(recipe.data, need, recipe.seed, []), count))
     else:

@@ -28,7 +28,9 @@ def arithmetic(stage: str, recipe: Recipe, ranks: int) -> Batch:
     per_device = given.get("per_device_train_batch_size", known["per_device_train_batch_size"].default)
     accumulation = given.get("gradient_accumulation_steps")
     method = getattr(recipe, "method", None)
-    wanted, pieces, k = recipe.data.batch_size, getattr(method, "minibatches", 1), getattr(method, "k", 1)
+    wanted, pieces = recipe.data.batch_size, getattr(method, "minibatches", 1)
+    # of a rollout; the K answers of iterative DPO are no rows of a step
+    k = getattr(method, "k", 1) if hasattr(method, "minibatches") else 1
     if wanted is not None and wanted % pieces:
         raise RecipeError(
             f"data.batch_size: {wanted} episodes do not divide by method.minibatches={pieces}; "

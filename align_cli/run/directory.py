@@ -43,6 +43,11 @@ class RunDirectory:
             return "finished"
         return "unfinished" if self.recipe.is_file() else "foreign"
 
+    def begun(self) -> bool:
+        """Whether anything was computed here that is worth keeping: checkpoints, rows, or a round of a loop."""
+        made = (entry for pattern in ("*.jsonl", "*/recipe.yaml") for entry in self.path.glob(pattern))
+        return self.checkpoints.exists() or any(made)
+
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
         found = [

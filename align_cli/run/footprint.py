@@ -44,8 +44,9 @@ def _holds_reference(stage: str, recipe: Recipe) -> bool:
         return recipe.method.needs_reference() and bool(recipe.lora is None or recipe.reference)
     if stage == "kto":
         return bool(recipe.lora is None or recipe.reference)
-    if stage == "dpo":
-        return not recipe.method.precompute_reference and bool(recipe.lora is None or recipe.reference)
+    if stage in ("dpo", "spin"):
+        other = getattr(recipe, "reference", None)
+        return not recipe.method.precompute_reference and bool(recipe.lora is None or other)
     return recipe.lora is None and (stage == "ppo" or (stage in ("rloo", "grpo") and recipe.method.beta > 0))
 
 
@@ -53,7 +54,7 @@ def _micro_step(stage: str, recipe: Recipe, per_device: int) -> dict[str, int]:
     """Rows and tokens a row that go through the model at a time."""
     if stage in ("rm", "orpo", "simpo"):
         return {"rows": 1, "tokens": recipe.method.batch_tokens or memory.batch_tokens(devices.gpus() > 0)}
-    return {"rows": per_device * (2 if stage == "dpo" else 1), "tokens": recipe.data.max_length}
+    return {"rows": per_device * (2 if stage in ("dpo", "spin") else 1), "tokens": recipe.data.max_length}
 
 
 def resolve_dtype(recipe: Recipe) -> str:

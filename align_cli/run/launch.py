@@ -96,9 +96,7 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
         else:
             code = _ranks(stage, run, launch)
     finally:
-        # rows that were made and kept are not to be lost with it
-        began = run.checkpoints.exists() or any(run.path.glob("*.jsonl"))
-        if code == 2 and plan.state == "absent" and not began:
+        if code == 2 and plan.state == "absent" and not run.begun():
             run.discard()
         run.release()
     return code

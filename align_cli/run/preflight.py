@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from align_cli.data.groups import Count, check_sources
+from align_cli.data.groups import Count
 from align_cli.data.load import is_local
 from align_cli.errors import AlignError, RecipeError
 from align_cli.model import kind, memory, templates
@@ -21,7 +21,7 @@ from align_cli.recipe.cai import CaiMethod, Speaker
 from align_cli.recipe.compose import Composed
 from align_cli.recipe.schema import Recipe
 from align_cli.recipe.sections import Data, Launch, Model, OtherModel, Samples
-from align_cli.run import batch, constitutional, devices, manifest
+from align_cli.run import batch, constitutional, devices, loops, manifest
 from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import footprint
 from align_cli.run.upstream import (
@@ -44,6 +44,7 @@ NEEDS = {
     "simpo": "preferences",
     "kto": "labels",
     "cai": "prompts",
+    "spin": "demonstrations",
 }
 """What each stage asks of its rows."""
 
@@ -215,7 +216,8 @@ def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
         return
     there, plan.pending = there_already(data, lines, starting, plan.todo)
     if there is not None:
-        found, plan.counts = check_sources(there, NEEDS[plan.composed.stage], cells=compared(tree))
+        need, cells = NEEDS[plan.composed.stage], compared(tree)
+        found, plan.counts = loops.sources(plan.composed.stage, tree, there, need, cells)
         lines += found
     if isinstance(trainer := tree.get("trainer"), dict):
         lines += _strategy_problems(trainer, evaluated=data.eval is not None)
@@ -268,6 +270,7 @@ def _look_at_run(plan: Plan, lines: list[str]) -> None:
         plan.batch = batch.arithmetic(stage, recipe, plan.ranks)
     except RecipeError as error:
         lines += error.lines
+    lines += loops.problems(recipe, plan.counts)
     if plan.batch is None:
         return
     if stage == "kto" and recipe.method.loss == "kto" and plan.batch.per_device < 2:

@@ -105,7 +105,7 @@ def _stage(stage: str, path: str, text: str) -> int:
             stage=stage,
             name=recipe.name,
             seed=recipe.seed,
-            parents=_parents(recipe),
+            parents=_parents(recipe) + outcome.parents,
             data=[count.as_manifest() for count in outcome.counts],
             metrics=outcome.metrics,
             world_size=ranks,

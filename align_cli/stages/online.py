@@ -20,7 +20,7 @@ from align_cli.methods.rollouts import BetweenRollouts, Reward
 from align_cli.methods.sampling import Sampler
 from align_cli.model import kind, load, reward
 from align_cli.recipe.schema import OnlineRecipe
-from align_cli.recipe.sections import Model
+from align_cli.recipe.sections import Data, Model
 from align_cli.stages import training
 from align_cli.stages.job import Job, Outcome, fold_in
 from align_cli.stages.samples import Samples
@@ -58,8 +58,12 @@ def arguments(job: Job, cls: type, **own: Any) -> Any:
 def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list[Count]]:
     """Rows of `prompt` messages that leave room for a response, with the cells that rewards compare with, and the row
     counts, which are printed too. Raises DataError for a cell that nothing can be compared with."""
-    data = job.recipe.data
-    limit = data.max_prompt_length or data.max_length - job.recipe.generation.max_new_tokens
+    groups, counts = prompt_groups(job, tokenizer, job.recipe.data)
+    return Dataset.from_list([{"prompt": group.prompt} | cells(job, group) for group in groups]), counts
+
+
+def prompt_groups(job: Job, tokenizer: PreTrainedTokenizerBase, data: Data) -> tuple[list[Group], list[Count]]:
+    """As `prompts`, for any data section and before they are a dataset."""
     checks = [source.verify for source in getattr(job.recipe, "reward", ()) if source.verify]
     columns = list(dict.fromkeys(check.column for check in checks))
     groups, tally = read_groups(data, "prompts", job.recipe.seed, columns), chat.Tally()
@@ -71,8 +75,23 @@ def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list
     raise_all(
         DataError, [f"{place}: '{check.column}' {said}; mend the row" for place, check, said in found if said][:20]
     )
-    rows = []
-    for group in groups.train:
+    kept = leaving_room(job, tokenizer, groups.train, tally)
+    for line in fold_in(groups.counts, tally, data.max_dropped):
+        job.say(line)
+    return kept, groups.counts
+
+
+def cells(job: Job, group: Group) -> dict[str, str]:
+    """What rewards compare a prompt's responses with, as text, since a column of a dataset has one type."""
+    columns = dict.fromkeys(source.verify.column for source in getattr(job.recipe, "reward", ()) if source.verify)
+    return {cell(name): json.dumps(group.cells[name]) for name in columns}
+
+
+def leaving_room(job: Job, tokenizer: PreTrainedTokenizerBase, groups: list[Group], tally: chat.Tally) -> list[Group]:
+    """The groups whose prompt leaves room for a response; the others are counted into `tally`."""
+    data, kept = job.recipe.data, []
+    limit = data.max_prompt_length or data.max_length - job.recipe.generation.max_new_tokens
+    for group in groups:
         try:
             length = len(chat.prompt_ids(tokenizer, group.prompt))
         except chat.Unrenderable as error:
@@ -81,11 +100,8 @@ def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list
         if length > limit:
             tally.drop(group, f"prompt over {limit} tokens")
             continue
-        # as text, since a column of a dataset has one type
-        rows.append({"prompt": group.prompt} | {cell(name): json.dumps(group.cells[name]) for name in columns})
-    for line in fold_in(groups.counts, tally, data.max_dropped):
-        job.say(line)
-    return Dataset.from_list(rows), groups.counts
+        kept.append(group)
+    return kept
 
 
 def rewards(job: Job, prepare: Any, shared: Any = None) -> tuple[list[Reward], Reward | None]:

@@ -118,7 +118,7 @@ def test_the_loss_before_any_step_is_ln_2_and_the_margin_0(build, loss):
 def test_every_loss_of_the_recipe_is_one_of_trls(build):
     from typing import get_args
 
-    from align_cli.recipe.schema import DPO_LOSSES
+    from align_cli.recipe.dpo import DPO_LOSSES
 
     for loss in get_args(DPO_LOSSES):
         found = per_pair(build([loss], 0.1 if loss in ("exo_pair", "robust", "cdpo") else 0.0))
