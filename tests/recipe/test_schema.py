@@ -79,6 +79,7 @@ PUBLISHED = {
     "kto": "demo",
     "grpo": "demo",
     "cai": "mistral-7b",
+    "spin": "zephyr",
 }
 """A recipe of each stage that uses config groups or hub ids."""
 
