@@ -16,6 +16,8 @@ STAGES = ("dpo", "orpo", "simpo", "kto", "spin")
 DATA, PROMPTS = "scripts/demo/data/preferences.jsonl", Path("scripts/demo/data/held_out.jsonl")
 HELD_OUT = 0.15
 MAX_LENGTH = 256
+TOKENS = 1024
+"""That go through a model at a time."""
 
 
 def main() -> None:
@@ -34,58 +36,95 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Preference methods, same pairs, same number of passes", title_justify="left")
+    start = Scored(args.start, args.tokens)
+    title = (
+        f"Preference methods: same pairs, same passes; {len(start.pairs)} held-out pairs, {len(start.answers)} answers"
+    )
+    table = Table(title=title, title_justify="left")
     for name in ("run", "accuracy", "by mean", "KL, nats", "tokens", "seconds", "peak MiB"):
         table.add_column(name, justify="left" if name == "run" else "right")
-    for label, *cells in [measured(run, args.start, args.tokens) for run in [args.start, *found]]:
-        table.add_row(label, *cells)
+    table.add_row(f"{label(args.start)}, the start", "", f"{start.by_mean():.2f}", "0", f"{start.length():.1f}", "", "")
+    for run in found:
+        table.add_row(label(run), *measured(Scored(run, args.tokens), start))
     Console(width=110).print(table)
 
 
-def measured(run: str, start: str, longest: int) -> list[str]:
-    """A row of the table. The starting run's accuracy by log π/π_start is a half by definition."""
-    import torch
+class Scored:
+    """A run's model, its held-out pairs with their log-probabilities, and what it answers."""
 
-    from align_cli.data import chat
-    from align_cli.methods.sampling import Sampler, respond, row_seed
-    from align_cli.model import load
-    from align_cli.recipe.sections import Model
+    def __init__(self, run: str, longest: int):
+        from align_cli.data import chat
+        from align_cli.methods.sampling import Sampler, respond, row_seed
+        from align_cli.model import answers, load
+        from align_cli.recipe.sections import Model
 
-    torch.manual_seed(0)
-    tokenizer = load.tokenizer(Model(path=run))
-    policy, before = (load.policy(Model(path=path), tokenizer, dtype="float32").eval() for path in (run, start))
-    pairs = held_out(tokenizer)
-    by_ratio, by_mean = [], []
-    for row in pairs:
-        sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")]
-        chosen, rejected = (log_prob(policy, *side) for side in sides)
-        ahead, behind = (log_prob(before, *side) for side in sides)
-        by_ratio.append(score(chosen - ahead, rejected - behind))
-        by_mean.append(score(chosen / len(sides[0][1]), rejected / len(sides[1][1])))
-    asked = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
-    prompts = [chat.prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in asked]
-    said = respond(
-        policy,
-        prompts,
-        [row_seed(0, at) for at in range(len(prompts))],
-        sampler=Sampler(longest),
-        ends=chat.generation_ends(tokenizer),
-        pad=tokenizer.pad_token_id,
-    )
-    ratios = [log_prob(policy, p, r) - log_prob(before, p, r) for p, r in zip(prompts, said, strict=True)]
-    kl, error = mean_and_error(ratios)
-    made = json.loads((Path(run) / "manifest.json").read_text())["metrics"]
-    took = [f"{made[name]:.0f}" if name in made else "" for name in ("seconds", "peak_memory_mib")]
-    length = sum(map(len, said)) / len(said)
-    plain = run == start
+        self.run = Path(run)
+        self.tokenizer = load.tokenizer(Model(path=run))
+        self.model = answers.scoring(load.policy(Model(path=run), self.tokenizer, dtype="float32").eval())
+        self.pairs = held_out(self.tokenizer)
+        self.on_pairs = self.log_probs(
+            [(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in self.pairs]
+        )
+        asked = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+        prompts = [chat.prompt_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in asked]
+        said = respond(
+            self.model,
+            prompts,
+            [row_seed(0, at) for at in range(len(prompts))],
+            sampler=Sampler(longest),
+            ends=chat.generation_ends(self.tokenizer),
+            pad=self.tokenizer.pad_token_id,
+        )
+        self.answers = [(prompt, [answer]) for prompt, answer in zip(prompts, said, strict=True) if answer]
+
+    def log_probs(self, asked: list[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
+        """The summed log-probability of every response to every prompt, each prompt held once for its responses."""
+        import torch
+
+        from align_cli.methods import layout
+
+        # a prompt's last token goes with each response, whose first token it predicts
+        rows = [{"prompt_ids": p[:-1], "responses": [p[-1:] + r for r in responses]} for p, responses in asked]
+        found: dict[int, list[float]] = {}
+        for part in layout.fill(rows, "shared", TOKENS):
+            picked = [rows[at] for at in part]
+            packed = layout.shared(picked, self.tokenizer.pad_token_id)
+            inputs = {key: value for key, value in packed.inputs.items() if key != "ends"}
+            with torch.no_grad():
+                each = self.model(**inputs, asked=packed.predicting(picked))
+            sums = iter(each.split([len(r) - 1 for row in picked for r in row["responses"]]))
+            found |= {at: [next(sums).sum().item() for _ in rows[at]["responses"]] for at in part}
+        return [found[at] for at in range(len(rows))]
+
+    def by_mean(self) -> float:
+        """How often the chosen response has the higher mean log-probability."""
+        sides = zip(self.on_pairs, self.pairs, strict=True)
+        ahead = [(w / len(row["chosen_ids"]), r / len(row["rejected_ids"])) for (w, r), row in sides]
+        return mean_and_error([score(*pair) for pair in ahead])[0]
+
+    def length(self) -> float:
+        """Tokens a sampled answer, on average."""
+        return mean_and_error([float(len(answer)) for _, (answer,) in self.answers])[0]
+
+
+def measured(made: Scored, start: Scored) -> list[str]:
+    """A run's cells of the table."""
+    pairs = zip(made.on_pairs, start.on_pairs, strict=True)
+    accuracy, error = mean_and_error([score(w - before_w, r - before_r) for (w, r), (before_w, before_r) in pairs])
+    sides = zip(made.log_probs(made.answers), start.log_probs(made.answers), strict=True)
+    kl, kl_error = mean_and_error([mine - before for (mine,), (before,) in sides])
+    metrics = json.loads((made.run / "manifest.json").read_text(encoding="utf-8"))["metrics"]
     return [
-        "/".join(Path(run).parts[-2:]) + (" (the start)" if plain else ""),
-        "" if plain else f"{mean_and_error(by_ratio)[0]:.2f} ± {mean_and_error(by_ratio)[1]:.2f}",
-        f"{mean_and_error(by_mean)[0]:.2f}",
-        "0" if plain else f"{kl:.2f} ± {error:.2f}",
-        f"{length:.1f}",
-        *(["", ""] if plain else took),
+        f"{accuracy:.2f} ± {error:.2f}",
+        f"{made.by_mean():.2f}",
+        f"{kl:.2f} ± {kl_error:.2f}",
+        f"{made.length():.1f}",
+        *(f"{metrics[name]:.0f}" if name in metrics else "" for name in ("seconds", "peak_memory_mib")),
     ]
+
+
+def label(run: str) -> str:
+    return "/".join(Path(run).parts[-2:])
 
 
 def held_out(tokenizer) -> list[dict]:
@@ -95,21 +134,8 @@ def held_out(tokenizer) -> list[dict]:
     from align_cli.recipe.sections import Data, Source
 
     groups = read_groups(Data(train=[Source(path=DATA)], eval=HELD_OUT), "preferences", 42).eval
-    return list(
-        dpo_rows(tokenizer, groups, how="best-worst", max_length=MAX_LENGTH, max_prompt_length=None, tally=Tally())
-    )
-
-
-def log_prob(model, prompt: list[int], response: list[int]) -> float:
-    """The summed log-probability of a response."""
-    import torch
-
-    if not response:
-        return 0.0
-    ids = torch.tensor([prompt + response])
-    with torch.no_grad():
-        logits = model(ids, logits_to_keep=len(response) + 1).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, ids[0, -len(response) :, None]).sum().item()
+    limits = {"max_length": MAX_LENGTH, "max_prompt_length": None}
+    return list(dpo_rows(tokenizer, groups, how="best-worst", **limits, tally=Tally()))
 
 
 def score(better: float, worse: float) -> float:
@@ -117,6 +143,7 @@ def score(better: float, worse: float) -> float:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
     return mean, (variance / len(values)) ** 0.5
