@@ -31,12 +31,15 @@ demo: setup model ## SFT, reward model, DPO on a real 135M model, and what chang
 	$(BIN)/align dpo recipe=demo.yaml
 	$(BIN)/python scripts/demo_table.py
 
-demo-methods: setup model ## the preference methods on the same pairs and budget, in one table
+demo-methods: setup model ## the preference methods from one start, in one table
 	$(BIN)/align sft recipe=demo.yaml
 	$(BIN)/align dpo recipe=demo.yaml
 	$(BIN)/align orpo recipe=demo.yaml
 	$(BIN)/align simpo recipe=demo.yaml
 	$(BIN)/align kto recipe=demo.yaml
+	$(BIN)/align spin recipe=demo.yaml
+	$(BIN)/align rm recipe=demo.yaml
+	$(BIN)/align dpo recipe=online-demo.yaml
 	$(BIN)/python scripts/methods_table.py
 
 demo-cai: setup model ## Constitutional AI on the same model: revisions, labels, DPO on them (about 10 minutes on 2 cores)

@@ -1,4 +1,4 @@
-"""Compare the demo's preference methods, which learn from the same pairs with the same budget, in one table.
+"""Compare the demo's preference methods in one table.
 
     python scripts/methods_table.py [RUN…]
 
@@ -12,7 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-STAGES = ("dpo", "orpo", "simpo", "kto", "spin")
+RUNS = ("demo/dpo", "demo/orpo", "demo/simpo", "demo/kto", "demo/spin", "online-demo/dpo")
+"""The first four learn from the same pairs; SPIN from the demo's demonstrations, the last from answers of its own."""
 DATA, PROMPTS = "scripts/demo/data/preferences.jsonl", Path("scripts/demo/data/held_out.jsonl")
 HELD_OUT = 0.15
 MAX_LENGTH = 256
@@ -26,9 +27,7 @@ def main() -> None:
     parser.add_argument("--start", default="runs/demo/sft", help="the run that all of them started from")
     parser.add_argument("--tokens", type=int, default=48, help="longest sampled answer")
     args = parser.parse_args()
-    found = args.runs or [
-        f"runs/demo/{stage}" for stage in STAGES if Path(f"runs/demo/{stage}/manifest.json").is_file()
-    ]
+    found = args.runs or [f"runs/{run}" for run in RUNS if Path(f"runs/{run}/manifest.json").is_file()]
 
     from align_cli.run.launch import quiet_environment
 
@@ -37,10 +36,9 @@ def main() -> None:
     from rich.table import Table
 
     start = Scored(args.start, args.tokens)
-    title = (
-        f"Preference methods: same pairs, same passes; {len(start.pairs)} held-out pairs, {len(start.answers)} answers"
-    )
-    table = Table(title=title, title_justify="left")
+    title = f"Preference methods from one start; {len(start.pairs)} held-out pairs, {len(start.answers)} answers"
+    caption = "spin learned from demonstrations, online-demo/dpo from its own answers, all others from the same pairs"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in ("run", "accuracy", "by mean", "KL, nats", "tokens", "seconds", "peak MiB"):
         table.add_column(name, justify="left" if name == "run" else "right")
     table.add_row(f"{label(args.start)}, the start", "", f"{start.by_mean():.2f}", "0", f"{start.length():.1f}", "", "")
