@@ -39,6 +39,8 @@ def fits(value, schema, root):
             good = not isinstance(value, list) or all(fits(entry, wanted, root) for entry in value)
         elif word == "minItems":
             good = not isinstance(value, list) or len(value) >= wanted
+        elif word == "maxItems":
+            good = not isinstance(value, list) or len(value) <= wanted
         else:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             compare = {
