@@ -43,11 +43,13 @@ demo-methods: setup model ## the preference methods from one start, in one table
 	$(BIN)/python scripts/methods_table.py
 
 demo-cai: setup model ## Constitutional AI on the same model: revisions, labels, DPO on them (about 10 minutes on 2 cores)
+	$(BIN)/align sft recipe=reviser.yaml
 	$(BIN)/align cai recipe=demo.yaml
 	$(BIN)/align dpo recipe=cai.yaml
 	$(BIN)/python scripts/demo_cai_table.py
 
 constitutional: setup model ## the long way: preference model and PPO on the labels of demo-cai
+	$(BIN)/align sft recipe=reviser.yaml
 	$(BIN)/align cai recipe=demo.yaml
 	$(BIN)/align rm recipe=cai.yaml
 	$(BIN)/align ppo recipe=cai.yaml

@@ -38,7 +38,8 @@ padding:0 .5rem;margin:0 .3rem}.flag{color:var(--bad);border-color:var(--bad)}
 .step{display:grid;grid-template-columns:15rem 1fr;gap:1rem;
 border-top:1px solid var(--line);padding:.6rem 0}.said{white-space:pre-wrap;overflow-wrap:anywhere}
 .request{font-size:.85rem;opacity:.7}ins{background:#2e9e5b33;text-decoration:none}del{background:#c8503c33}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.pair>div{border:1px solid var(--line);border-radius:.5rem;
+.two{display:flex;flex-wrap:wrap;gap:3rem}.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
+.pair>div{border:1px solid var(--line);border-radius:.5rem;
 padding:.5rem .8rem}.chosen{border-color:var(--good)!important}input,select{font:inherit;padding:.2rem .4rem}
 @media(max-width:45rem){.step,.pair{grid-template-columns:1fr}}
 """
@@ -156,8 +157,8 @@ def _labels(judged: Sequence[Row]) -> Iterable[str]:
     sure = [2 * row["probability"] - 1 for row in both if "probability" in row]
     bias = [(row["orders"][0]["p"] + row["orders"][1]["p"]) / 2 for row in both]
     yield "<h2>Labels</h2>"
-    yield _histogram("confidence of the averaged label, |2p - 1|", sure)
-    yield _histogram("position: mean P(A) over both orders (½ is none)", bias)
+    shown = _histogram("confidence of the averaged label, |2p - 1|", sure)
+    yield f"<div class=two>{shown}{_histogram('position: mean P(A) over both orders (½ is none)', bias)}</div>"
 
 
 def _histogram(title: str, values: Sequence[float]) -> str:
@@ -169,7 +170,7 @@ def _histogram(title: str, values: Sequence[float]) -> str:
         f"<tr><td class=n>{at / BINS:.1f} – {(at + 1) / BINS:.1f}<td class=n>{count}<td>{_bar(count / most)}"
         for at, count in enumerate(counts)
     )
-    return f"<p>{escape(title)}</p><table style='width:auto'><tbody>{lines}</tbody></table>"
+    return f"<div><p>{escape(title)}</p><table style='width:auto'><tbody>{lines}</tbody></table></div>"
 
 
 def _marks(row: Row, label: Row | None) -> list[str]:
