@@ -128,6 +128,8 @@ class CaiMethod:
     """Helpful demonstrations that the revisions are mixed with in training."""
     train_on: Literal["all", "last"] = "all"
     """Which revisions of a chain are trained on."""
+    drop_refusals: bool = False
+    """Do not train on revisions that refuse a harmless prompt: a writer that refuses too much teaches it otherwise."""
     pairs: Literal["sampled", "revised"] = "sampled"
     """sampled: two answers of the SL-CAI model; revised: the first answer and its last revision."""
     judge: bool = True

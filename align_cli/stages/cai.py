@@ -118,12 +118,20 @@ def _train(job: Job, kept: Kept, chains: list[Row]) -> Outcome:
     done = kept.share(json.loads(mark.read_text()) if job.main and mark.is_file() else None)
     if done is not None:
         return Outcome(done["metrics"], [Count(**count) for count in done["counts"]])
-    rows = [
-        {"row": row["row"], "prompt": row["prompt"], "completion": step["revision"]}
+    steps = [
+        (row, step["revision"])
         for row in chains
         for step in (row["chain"] if method.train_on == "all" else row["chain"][-1:])
         if usable(step["revision_flag"])
     ]
+    rows, refused = [], 0
+    for row, text in steps:
+        if method.drop_refusals and row["kind"] == "harmless" and is_refusal(text):
+            refused += 1
+        else:
+            rows.append({"row": row["row"], "prompt": row["prompt"], "completion": text})
+    if refused:
+        job.say(f"{refused} revisions refuse a harmless prompt and are not trained on (method.drop_refusals)")
     if not rows:
         raise DataError(
             f"{kept.file('revisions')}: no revision can be trained on; every one is empty or unparsable, so name a "
