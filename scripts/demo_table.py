@@ -2,7 +2,7 @@
 
     python scripts/demo_table.py
 
-Reads samples.jsonl and manifest.json of runs/demo/sft, runs/demo/rm and runs/demo/dpo; nothing is generated here.
+Reads samples.jsonl, metrics.jsonl and manifest.json of the runs below runs/demo; nothing is generated here.
 """
 
 import json
@@ -13,19 +13,18 @@ from rich.table import Table
 
 from align_cli.evaluate.refusals import rate
 
-SFT, RM, DPO = Path("runs/demo/sft"), Path("runs/demo/rm"), Path("runs/demo/dpo")
+RUNS = Path("runs/demo")
+AFTER = ("dpo", "ppo", "rloo")
+"""Stages that start from the SFT run."""
 SHOWN = 3
 """Prompts of each kind that are printed; all of them are counted."""
 
 
 def main() -> None:
-    console = Console(width=118)
-    sft, dpo = samples(SFT), samples(DPO)
-    stages = {
-        "as it came": [row["before"] for row in sft],
-        "after SFT": [row["after"] for row in sft],
-        "after DPO": [row["after"] for row in dpo],
-    }
+    console = Console(width=130)
+    sft = samples(RUNS / "sft")
+    stages = {"as it came": [row["before"] for row in sft]}
+    stages |= {f"after {stage.upper()}": [row["after"] for row in samples(RUNS / stage)] for stage in ("sft", *AFTER)}
     labels = [row["label"] for row in sft]
 
     answers = Table(title="Held-out prompts, answered greedily", show_lines=True, title_justify="left")
@@ -50,16 +49,28 @@ def main() -> None:
     counts.add_row("words an answer", *words)
     console.print(counts)
 
-    metrics = json.loads((RM / "manifest.json").read_text())["metrics"]
+    metrics = _manifest("rm")["metrics"]
     console.print(
         f"RM on held-out pairs: accuracy {metrics['eval_accuracy']:.2f} ± {metrics['eval_accuracy_se']:.2f} "
         f"(the longer one wins: {metrics['eval_longer_wins']:.2f})"
     )
-    metrics = json.loads((DPO / "manifest.json").read_text())["metrics"]
+    metrics = _manifest("dpo")["metrics"]
     console.print(
         f"DPO on held-out pairs: accuracy {metrics['eval_rewards/accuracies']:.2f}, "
         f"margin {metrics['eval_rewards/margins']:.2f} (0 before it began)"
     )
+    for stage in ("ppo", "rloo"):
+        rows = [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if "reward" in row]
+        ended = _manifest(stage).get("stopped_by_guard")
+        console.print(
+            f"{stage.upper()}: mean reward of a rollout {rows[0]['reward']:.2f} → {rows[-1]['reward']:.2f} at "
+            f"{rows[-1]['kl']:.1f} nats from the SFT model{f'; ended at {ended}' if ended else ''}"
+        )
+
+
+def _manifest(stage: str) -> dict:
+    return json.loads((RUNS / stage / "manifest.json").read_text())
 
 
 def samples(run: Path) -> list[dict]:
