@@ -29,6 +29,10 @@ STAGE_HELP = {
 PASS_ON = {"ignore_unknown_options": True}
 Settings = Annotated[list[str] | None, typer.Argument(metavar="recipe=NAME.yaml [KEY=VALUE …]", show_default=False)]
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGE_HELP))]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Let the recipe's rewards name Python functions, which run with your rights."),
+]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo/dpo.")]
 
 
@@ -122,6 +126,13 @@ def _stage(name: str) -> str:
     return name
 
 
+def _allow(code: bool) -> None:
+    if code:
+        from align_cli.model import function
+
+        function.allow()
+
+
 @app.callback()
 def root(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
@@ -134,9 +145,10 @@ def root(
 
 
 def _add_stage(name: str, text: str) -> None:
-    def command(settings: Settings = None) -> int:
+    def command(settings: Settings = None, allow_code: AllowCode = False) -> int:
         from align_cli.run import launch
 
+        _allow(allow_code)
         return launch.start(name, settings or [], typer.echo)
 
     app.command(name, help=text, context_settings=PASS_ON)(_answers(command))
@@ -148,11 +160,12 @@ for _name, _text in STAGE_HELP.items():
 
 @app.command(context_settings=PASS_ON)
 @_answers
-def check(stage: Stage, settings: Settings = None) -> None:
+def check(stage: Stage, settings: Settings = None, allow_code: AllowCode = False) -> None:
     """Validate everything a recipe names, print the plan, start nothing."""
     from align_cli.report import plan as report
     from align_cli.run import preflight
 
+    _allow(allow_code)
     report.show(preflight.load(_stage(stage), settings or [], starting=False), _console())
 
 
@@ -162,10 +175,12 @@ def show(
     stage: Stage,
     settings: Settings = None,
     rows: Annotated[int, typer.Option("--rows", "-n", help="How many rows.")] = 3,
+    allow_code: AllowCode = False,
 ) -> None:
     """Print rows as the model will see them, trained tokens marked."""
     from align_cli.run import launch, preflight
 
+    _allow(allow_code)
     launch.quiet_environment()
     plan = preflight.load(_stage(stage), settings or [], starting=False)
     from align_cli.report import rows as report
@@ -264,18 +279,19 @@ def recipes_root(context: typer.Context) -> None:
 @_answers
 def recipes_list() -> None:
     """List the recipes in sight, with the line that runs each."""
-    from align_cli.recipe import places
+    from align_cli.recipe import shelf
 
-    for key, file in places.listing().items():
-        first = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        typer.echo(f"{key:<28} {first}")
+    for line in shelf.listed():
+        typer.echo(line)
 
 
 @recipes_app.command("show")
 @_answers
 def recipes_show(name: Annotated[str, typer.Argument(metavar="STAGE/NAME")]) -> None:
     """Print a recipe."""
-    typer.echo(_recipe(name).read_text(encoding="utf-8"), nl=False)
+    from align_cli.recipe import shelf
+
+    typer.echo(shelf.find(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes_app.command("copy")
@@ -285,29 +301,9 @@ def recipes_copy(
     destination: Annotated[str, typer.Argument(metavar="DEST")],
 ) -> None:
     """Copy a recipe, to change it. The groups it names are still found in the package."""
-    from pathlib import Path
+    from align_cli.recipe import shelf
 
-    source, target = _recipe(name), Path(destination)
-    if target.is_dir():
-        target = target / source.name
-    if target.exists():
-        raise AlignError(f"{target}: is there already; remove it or name another file")
-    if not target.parent.is_dir():
-        raise AlignError(f"{target}: there is no directory {target.parent}; make it first")
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    stage = name.split("/")[0]
-    use = f"align cai … method.constitution={target}" if stage == "constitution" else f"align {stage} recipe={target}"
-    typer.echo(f"{target}: run it with `{use}`")
-
-
-def _recipe(name: str):
-    from align_cli.recipe import places
-
-    laws = {f"constitution/{law}": file for law, file in places.group_files("constitution").items()}
-    known, key = places.listing() | laws, name.removesuffix(".yaml")
-    if key not in known:
-        raise RecipeError(f"{name}: no such recipe{did_you_mean(key, list(known)) or '; known: ' + ', '.join(known)}")
-    return known[key]
+    typer.echo(shelf.copy(name, destination))
 
 
 def main() -> None:

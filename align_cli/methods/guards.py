@@ -6,6 +6,7 @@ Collapse signs and over-optimisation: arXiv 2210.10760; trl#41, #204, #2387.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ class Guards(TrainerCallback):
 
     def sign(self, guard: Guard, figures: dict[str, float]) -> str:
         """What a guard finds wrong with the figures, or the empty string."""
+        if guard.metric == "nan":
+            broken = [name for name, value in figures.items() if not math.isfinite(value)]
+            return f"{' and '.join(sorted(broken))} {'is' if len(broken) == 1 else 'are'} no number" if broken else ""
         value = figures.get(guard.metric)
         if value is None:
             return ""
@@ -57,7 +61,7 @@ class Guards(TrainerCallback):
         for at, guard in enumerate(self.guards):
             found = self.sign(guard, figures)
             self.seen[at] = self.seen[at] + 1 if found else 0
-            if self.seen[at] >= guard.patience:
+            if self.seen[at] >= (1 if guard.metric == "nan" else guard.patience):
                 due.append((guard, found))
         return due
 
@@ -100,9 +104,11 @@ class Guards(TrainerCallback):
             self.seen, self.best, self.raised = kept["seen"], kept["best"], kept["raised"]
             self.saved_best, state.best_model_checkpoint = kept["saved_best"], kept["best_checkpoint"]
 
-    def roll_back(self) -> None:
-        """Load the best checkpoint's weights, if a guard asked for it and there is one."""
+    def roll_back(self) -> bool:
+        """Load the best checkpoint's weights, if a guard asked for it and there is one; whether it was so."""
         best = self.trainer.state.best_model_checkpoint
         if self.back and best and Path(best).is_dir():
             self.trainer._load_best_model()
             self.say(f"rolled back to {best}")
+            return True
+        return False

@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 from align_cli.methods.losses import clipped_value_loss
 from align_cli.methods.returns import KLController, gae, kl_estimate, moments, shaped_rewards, whiten
 from align_cli.methods.rollouts import Rollouts
-from align_cli.model.shared import VALUE, SharedBackbone
+from align_cli.model.shared import POLICY, VALUE, SharedBackbone
 
 
 class PPOConfig(GRPOConfig):
@@ -205,6 +205,13 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         self.note("explained_variance", 1 - (e2 / n - (e1 / n) ** 2) / variance if variance > 1e-12 else 0.0)
         self.note("beta", self.controller.beta)
         self.controller.update(kl, int(self.accelerator.num_processes * len(mask)))
+
+    def policy_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The policy's trained weights, without the value function's."""
+        named = super().policy_parameters()
+        if self.critic.separate:
+            return {name: parameter for name, parameter in named.items() if f".{POLICY}." in name}
+        return {name: parameter for name, parameter in named.items() if not name.startswith(f"{Critic.PART}.")}
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Over policy and value function, also where a checkpoint's adapters were just loaded."""

@@ -84,6 +84,10 @@ class Rollouts:
         """Optimizer steps between two rollouts."""
         return self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
 
+    def policy_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The policy's trained weights, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
     # -- sampling
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any):
@@ -113,6 +117,13 @@ class Rollouts:
         self.clock["rollout"] += time.perf_counter() - started
         return responses, None
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        rollout = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            # TRL's own figure of this name, which it takes at another point of its way
+            del self._metrics["train"]["reward"][-1]
+        return rollout
+
     # -- scores
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -133,19 +144,21 @@ class Rollouts:
             total = torch.where(ended, total, torch.full_like(total, self.missing_eos))
         self.scores = total
         self.clock["score"] += time.perf_counter() - started
-        self._watch(prompts, texts, proxy, spread, lengths, ended)
+        self._watch(prompts, texts, total, proxy, spread, lengths, ended)
         return self.accelerator.gather(total.unsqueeze(1))
 
-    def _watch(self, prompts, texts, proxy: Tensor, spread: Tensor, lengths: Tensor, ended: Tensor) -> None:
-        columns = [proxy, spread, lengths, ended.float(), torch.tensor([distinct(t) for t in texts]).to(proxy)]
+    def _watch(
+        self, prompts, texts, total: Tensor, proxy: Tensor, spread: Tensor, lengths: Tensor, ended: Tensor
+    ) -> None:
+        columns = [total, proxy, spread, lengths, ended.float(), torch.tensor([distinct(t) for t in texts]).to(proxy)]
         if self.gold is not None:
             columns.append(self.gold(prompts, texts)[0].to(proxy))
         table = self.accelerator.gather(torch.stack(columns, 1)).double()
-        names = ["reward", "reward_spread", "response_length", "eos_rate", "distinct_2", "gold_reward"]
+        names = ["reward", "score", "reward_spread", "response_length", "eos_rate", "distinct_2", "gold_reward"]
         for name, column in zip(names, table.unbind(1), strict=False):
             self.note(name, column.mean().item())
-        self.note("score_std", table[:, 0].std(unbiased=False).item())
-        self.note("reward_length_correlation", correlation(table[:, 0], table[:, 2]))
+        self.note("score_std", table[:, 1].std(unbiased=False).item())
+        self.note("reward_length_correlation", correlation(table[:, 1], table[:, 3]))
 
     def note(self, name: str, value: float) -> None:
         """Remember a figure for the next line of metrics.jsonl, and for the guards."""
@@ -175,6 +188,8 @@ class Rollouts:
         if "loss" in logs and self.clock:
             logs |= {f"seconds_{name}": round(value, 3) for name, value in self.clock.items()}
             self.clock.clear()
+        # a loss that is no number shows here first
+        self.latest |= {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
         self._total_train_tokens = int(self.state.num_input_tokens_seen)
         if self._metrics["train"]["entropy"]:
             self.latest["entropy"] = self._metrics["train"]["entropy"][-1]

@@ -34,14 +34,16 @@ HEAD_KEY = f"base_model.model.{HEAD}.weight"
 class SharedBackbone:
     """A PeftModel with an adapter and, but for the policy, a scalar head for each role."""
 
-    def __init__(self, base: PreTrainedModel, policy: LoraConfig, *, reward: str, value: str):
+    def __init__(self, base: PreTrainedModel, policy: LoraConfig, *, reward: str | None, value: str | None):
+        """`reward` and `value` are adapters of reward models; None for no reward model, and for a value function that
+        starts as the policy does, with a head of zeros."""
         self.model: PeftModel = get_peft_model(base, policy)
-        self.runs = {VALUE: value, REWARD: reward}
-        for role, run in self.runs.items():
-            head = self._add(role, run)
-            self.model.add_module(f"{role}_head", head)
-        # the trainer must not make this one a parameter of its optimizer
-        self.model.get_submodule(f"{REWARD}_head").requires_grad_(False)
+        self.value_run = value
+        self.model.add_module(f"{VALUE}_head", self._add(VALUE, value) if value else self._fresh(VALUE, policy))
+        if reward:
+            head = self._add(REWARD, reward)
+            # the trainer must not make this one a parameter of its optimizer
+            self.model.add_module(f"{REWARD}_head", head.requires_grad_(False))
         self.as_policy()
 
     def as_policy(self) -> None:
@@ -67,6 +69,13 @@ class SharedBackbone:
         set_peft_model_state_dict(self.model, weights, adapter_name=role)
         head = nn.Linear(saved.shape[1], saved.shape[0], bias=False)
         head.weight.data.copy_(saved)
+        return head
+
+    def _fresh(self, role: str, config: LoraConfig) -> nn.Linear:
+        """An adapter like the policy's under the role's name; returns a head of zeros."""
+        self.model.add_adapter(role, config)
+        head = nn.Linear(self.model.get_input_embeddings().weight.shape[1], 1, bias=False)
+        nn.init.zeros_(head.weight)
         return head
 
     def _switch(self, role: str) -> None:
@@ -96,7 +105,7 @@ class SharedBackbone:
 
     def policy_only(self) -> None:
         """Let go of the other roles, so that what is saved is the policy."""
-        for role in (VALUE, REWARD):
+        for role in {VALUE, REWARD} & set(self.model.peft_config):
             self.model.delete_adapter(role)
         self.as_policy()
 
@@ -107,6 +116,11 @@ class SharedBackbone:
         weights[HEAD_KEY] = self.model.get_submodule(f"{VALUE}_head").weight.detach().cpu().contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.loads((Path(self.runs[VALUE]) / "adapter_config.json").read_text(encoding="utf-8"))
+        if self.value_run:
+            config = json.loads((Path(self.value_run) / "adapter_config.json").read_text(encoding="utf-8"))
+        else:
+            self.model.peft_config[VALUE].save_pretrained(folder)
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD], "inference_mode": True}
         config["base_model_name_or_path"] = base
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -57,6 +57,9 @@ class RewardSource:
     """A finished `align rm` run."""
     verify: Verify | None = None
     """In place of a run: compare the response with a column of the data."""
+    python: str | None = None
+    """In place of a run: `module:function`, called as function(prompts, responses) with lists of messages and of texts,
+    giving a number a response. Runs only if the command was given --allow-code."""
     chat_template: str | None = None
     """As model.chat_template, for a reward model whose tokenizer has none."""
     weight: float = 1.0
@@ -71,9 +74,10 @@ class RewardSource:
     """Scores beyond ±clip, after normalization, count as ±clip."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        if (self.path is None) == (self.verify is None):
-            both = "and verify both say" if self.path is not None else "or verify must say"
-            yield "path", f"{both} where the reward comes from; give one of the two"
+        given = [name for name in ("path", "verify", "python") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = f"and {' and '.join(given[1:])} both say" if given else "or verify or python must say"
+            yield given[0] if given else "path", f"{found} where the reward comes from; give one of them"
         if self.verify is not None:
             yield from self.verify.rules()
 
@@ -89,6 +93,8 @@ Rewards = Annotated[
     BeforeValidator(_as_rewards, json_schema_input_type=str | RewardSource | list[str | RewardSource]),
     Field(min_length=1),
 ]
+
+Gold = Annotated[RewardSource | None, BeforeValidator(as_source, json_schema_input_type=str | RewardSource | None)]
 
 Act = Literal["warn", "raise_kl", "rollback", "stop"]
 
@@ -106,8 +112,10 @@ class Guard:
         "reward_length_correlation",
         "gold_reward",
         "reward_spread",
+        "nan",
     ]
-    """kl is in nats a sequence; gold_reward is a held-out reward model's; reward_spread an ensemble's."""
+    """kl is in nats a sequence; gold_reward is a held-out reward model's; reward_spread an ensemble's; nan is any
+    figure that is no number any more, seen at once and without a threshold."""
     above: float | None = None
     """The figure must not exceed this."""
     below: float | None = None
@@ -121,7 +129,7 @@ class Guard:
     """Rollouts in a row that must show the sign."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        if self.above is None and self.below is None and self.drop is None:
+        if self.metric != "nan" and self.above is None and self.below is None and self.drop is None:
             yield "guards", f"the guard on {self.metric} has no threshold; give above, below or drop"
 
 
@@ -131,6 +139,10 @@ def guard_rules(guards: list[Guard], gold: Any) -> Iterator[tuple[str, str]]:
         yield from guard.rules()
     if any(guard.metric == "gold_reward" for guard in guards) and gold is None:
         yield "gold", "is missing, and a guard watches gold_reward; name a held-out reward model"
+    if gold is not None:
+        yield from ((f"gold.{key}", text) for key, text in gold.rules())
+        if gold.verify is not None:
+            yield "gold.verify", "is for rewards; name a held-out reward model or a function"
 
 
 def reward_rules(rewards: list[RewardSource]) -> Iterator[tuple[str, str]]:
@@ -200,6 +212,9 @@ class PpoMethod:
     """Score of a response that does not end, in place of the reward model's; null leaves the score."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Taken off the score for every token."""
+    ema: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Decay an update of a moving average of the policy's weights, which the run leaves in place of the last ones
+    (0.992 in InstructGPT, appendix C.4); null leaves the last."""
     ptx_coef: Annotated[float, Field(ge=0)] = 0.0
     """γ of PPO-ptx: weight of the LM loss on `ptx` rows (27.8 in InstructGPT)."""
     ptx: Annotated[Source | None, BeforeValidator(as_source, json_schema_input_type=str | Source | None)] = None
@@ -230,6 +245,9 @@ class RlooMethod:
     """Score of a response that does not end, in place of the reward model's; null leaves the score."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Taken off the score for every token."""
+    ema: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Decay an update of a moving average of the policy's weights, which the run leaves in place of the last ones
+    (0.992 in InstructGPT, appendix C.4); null leaves the last."""
 
 
 @section
@@ -259,6 +277,9 @@ class GrpoMethod:
     """Score of a response that does not end, in place of the reward; null leaves the reward."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Taken off the score for every token."""
+    ema: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Decay an update of a moving average of the policy's weights, which the run leaves in place of the last ones
+    (0.992 in InstructGPT, appendix C.4); null leaves the last."""
 
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference."""

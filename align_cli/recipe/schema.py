@@ -15,6 +15,7 @@ from align_cli.recipe.cai import CaiGeneration, CaiMethod, OptionalSpeaker, cai_
 from align_cli.recipe.dpo import DpoMethod, SpinMethod, round_rules, spin_rules
 from align_cli.recipe.online import (
     Generation,
+    Gold,
     GrpoMethod,
     Guard,
     PpoMethod,
@@ -121,7 +122,7 @@ class DpoRecipe(Recipe):
     """Default: the starting policy; with method.rounds, each round's start."""
     reward: Rewards | None = None
     """What scores the answers of method.rounds: a finished `align rm` run, or several with weights."""
-    gold: OtherModel | None = None
+    gold: Gold = None
     """A held-out reward model that is watched between rounds and never optimised."""
     generation: Generation = Field(default_factory=Generation)
     guards: list[Guard] = Field(default_factory=list)
@@ -197,10 +198,10 @@ class OnlineRecipe(Recipe):
     """Stages that sample from the policy."""
 
     reward: Rewards
-    """A finished `align rm` run, a check against a column of the data, or several of them with weights."""
+    """A finished `align rm` run, a check against a column of the data, a Python function, or several with weights."""
     reference: OtherModel | None = None
     """Default: the starting policy."""
-    gold: OtherModel | None = None
+    gold: Gold = None
     """A held-out reward model that is watched and never optimised: its falling while the reward rises is
     over-optimisation (arXiv 2210.10760)."""
     generation: Generation = Field(default_factory=Generation)
@@ -218,15 +219,14 @@ class PpoRecipe(OnlineRecipe):
     """align ppo"""
 
     value: OtherModel | None = None
-    """Where the value function starts; default: the (first) reward model."""
+    """Where the value function starts; default: the (first) reward model, or the policy where rewards are functions."""
     method: PpoMethod = Field(default_factory=PpoMethod)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         yield from OnlineRecipe.rules(self)
-        if self.reward[0].path is None and (self.value is None or self.lora is not None):
-            yield "reward", "must begin with a reward model, from which the value function starts; or use `align grpo`"
-        if self.lora is not None and len(self.reward) > 1:
-            yield "reward", f"names {len(self.reward)} models, but one backbone plays one; keep one, or remove lora"
+        models = [source for source in self.reward if source.path is not None]
+        if self.lora is not None and len(models) > 1:
+            yield "reward", f"names {len(models)} models, but one backbone plays one; keep one, or remove lora"
         if self.lora is not None and self.reference is not None:
             yield "reference", "is the backbone with its adapters off under lora; remove it, or remove lora"
 

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from align_cli.model import kind
-from align_cli.model.memory import GIB
+from align_cli.model.memory import GIB, Part
+from align_cli.recipe.online import RewardSource
 from align_cli.recipe.sections import Source
 from align_cli.run import devices, loops
 from align_cli.run.footprint import resolve_dtype
@@ -32,7 +33,7 @@ def show(plan: Plan, console: Console) -> None:
         named = recipe.reference.path if recipe.reference else own
         rows.append(("reference", named if held else "none, since nothing is compared with one"))
     for source in getattr(recipe, "reward", None) or []:
-        rows.append(("reward", source.path or f"{source.verify.kind}, compared with '{source.verify.column}'"))
+        rows.append(("reward", _said(source)))
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
         if isinstance(value, list):
@@ -66,9 +67,10 @@ def show(plan: Plan, console: Console) -> None:
     hosts = f" over {recipe.launch.hostfile}" if recipe.launch.hostfile else ""
     rows.append(("ranks", f"{plan.ranks} × {device}{hosts}, ZeRO stage {recipe.zero.stage}"))
     if plan.memory:
-        parts = [f"{part.name} {'≈ ' if part.estimated else ''}{part.bytes / GIB:.2f}" for part in plan.memory]
-        total = sum(part.bytes for part in plan.memory) / GIB
-        rows.append(("memory", f"≈ {total:.1f} GiB a rank ({', '.join(parts)})"))
+        rows.append(("memory", f"≈ {_held(plan.memory)}"))
+    if plan.other_memory:
+        other = "four models, without lora" if recipe.lora else "one backbone for the four models, with lora"
+        rows.append(("", f"≈ {_held(plan.other_memory)} as {other}"))
     rows.append(("run", f"{recipe.run_dir} ({plan.state})"))
     for command in plan.todo:
         rows.append(("needs", f"`{command}`"))
@@ -79,6 +81,18 @@ def show(plan: Plan, console: Console) -> None:
         # names of files and excerpts of rows hold brackets, which are no markup
         grid.add_row(name, Text(text))
     console.print(grid, highlight=False)
+
+
+def _said(source: RewardSource) -> str:
+    """Where a reward comes from."""
+    if source.verify is not None:
+        return f"{source.verify.kind}, compared with '{source.verify.column}'"
+    return source.path or f"{source.python} (Python)"
+
+
+def _held(memory: list[Part]) -> str:
+    parts = [f"{part.name} {'≈ ' if part.estimated else ''}{part.bytes / GIB:.2f}" for part in memory]
+    return f"{sum(part.bytes for part in memory) / GIB:.1f} GiB a rank ({', '.join(parts)})"
 
 
 def _settings(section: object, idle: set[str]) -> str:

@@ -21,7 +21,7 @@ def footprint(stage: str, recipe: Recipe, per_device: int, ranks: int) -> tuple[
     frozen = {"reference": 1} if _holds_reference(stage, recipe) else {}
     if stage in ("ppo", "rloo", "grpo"):
         models = sum(source.path is not None for source in recipe.reward)
-        frozen["reward"] = (0 if shared else models) + (recipe.gold is not None)
+        frozen["reward"] = (0 if shared else models) + (recipe.gold is not None and recipe.gold.path is not None)
     return size, memory.plan(
         size,
         dtype=resolve_dtype(recipe),

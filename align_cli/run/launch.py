@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from align_cli.model import function
 from align_cli.recipe.sections import Launch
 from align_cli.run import devices, preflight
 from align_cli.run.directory import RunDirectory
@@ -118,7 +119,9 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
             line += ["--master_addr", launch.master_addr]
         if launch.node_rank is not None:
             line += ["--no_ssh", "--node_rank", str(launch.node_rank)]
-    return [*line, "--quiet", "--no_local_rank", "--module", "align_cli.run.worker", stage, str(run)]
+    # other hosts do not inherit this one's environment
+    allow = ["--allow-code"] if function.allowed() else []
+    return [*line, "--quiet", "--no_local_rank", "--module", "align_cli.run.worker", stage, str(run), *allow]
 
 
 def _ranks(stage: str, run: RunDirectory, launch: Launch) -> int:

@@ -6,7 +6,7 @@ The sections of a recipe are looked at one by one, so that a bad key in one does
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 from align_cli.data.groups import Count
 from align_cli.data.load import is_local
 from align_cli.errors import AlignError, RecipeError
-from align_cli.model import kind, memory, templates
+from align_cli.model import function, kind, memory, templates
 from align_cli.recipe import check as recipe_check
 from align_cli.recipe.cai import CaiMethod, Speaker
 from align_cli.recipe.compose import Composed
 from align_cli.recipe.schema import Recipe
-from align_cli.recipe.sections import Data, Launch, Model, OtherModel, Samples
-from align_cli.run import batch, constitutional, devices, loops, manifest
+from align_cli.recipe.sections import Data, Launch, Lora, Model, OtherModel, Samples
+from align_cli.run import batch, constitutional, devices, loops, manifest, schedule
 from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import footprint
 from align_cli.run.upstream import (
@@ -51,13 +51,6 @@ NEEDS = {
 OTHERS = ("reference",)
 """Top-level sections that name another model."""
 
-EVALUATES = {
-    "eval_strategy": ("no", False, True, None),
-    "eval_on_start": (False, None),
-    "save_strategy": ("no", "steps", "epoch", False, True, None),
-}
-"""Trainer fields that ask for an evaluation unless they have one of these values."""
-
 
 @dataclass
 class Plan:
@@ -73,6 +66,8 @@ class Plan:
     counts: list[Count] = field(default_factory=list)
     size: memory.Sizes | None = None
     memory: list[memory.Part] = field(default_factory=list)
+    other_memory: list[memory.Part] = field(default_factory=list)
+    """PPO's: of the same recipe with its four models on one backbone, or the other way round."""
     notes: list[str] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)
     """Data files that a run which is still to be made will write."""
@@ -160,6 +155,8 @@ def _look_at_models(plan: Plan, lines: list[str], starting: bool) -> None:
         lines += templates.problems(model.path, model.chat_template)
     for role, path in reward_models(tree):
         lines += reward_problems(role, path, starting, plan.todo)
+    for role, entry in functions(tree):
+        lines += function.problems(role, entry)
     if plan.composed.stage == "ppo" and tree.get("lora") and model is not None:
         for role, path in reward_models(tree):
             lines += backbone_problems(role, path, model.path) if not role.startswith("gold") else []
@@ -171,12 +168,22 @@ def _look_at_models(plan: Plan, lines: list[str], starting: bool) -> None:
 
 def reward_models(tree: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, path) of every reward model that a recipe names."""
+    return _rewards(tree, "path")
+
+
+def functions(tree: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, module:function) of every Python function that a recipe names as a reward."""
+    return _rewards(tree, "python")
+
+
+def _rewards(tree: dict[str, Any], what: str) -> list[tuple[str, str]]:
     named = tree.get("reward")
     entries = named if isinstance(named, list) else [named]
-    found = [(f"reward[{at}].path" if len(entries) > 1 else "reward.path", entry) for at, entry in enumerate(entries)]
-    found += [(f"{role}.path", tree.get(role)) for role in ("value", "gold")]
-    paths = [(key, entry.get("path") if isinstance(entry, dict) else entry) for key, entry in found]
-    return [(key, path) for key, path in paths if isinstance(path, str)]
+    found = [(f"reward[{at}]" if len(entries) > 1 else "reward", entry) for at, entry in enumerate(entries)]
+    found += [(role, tree.get(role)) for role in ("value", "gold")]
+    # a string alone is a path
+    named = [(f"{key}.{what}", entry if isinstance(entry, dict) else {"path": entry}) for key, entry in found]
+    return [(key, entry[what]) for key, entry in named if isinstance(entry.get(what), str)]
 
 
 def compared(tree: dict[str, Any]) -> list[str]:
@@ -220,8 +227,8 @@ def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
         found, plan.counts = loops.sources(plan.composed.stage, tree, there, need, cells)
         lines += found
     if isinstance(trainer := tree.get("trainer"), dict):
-        lines += _strategy_problems(trainer, evaluated=data.eval is not None)
-    if data.streaming and _steps_given(tree.get("trainer")) <= 0:
+        lines += schedule.problems(trainer, evaluated=data.eval is not None)
+    if data.streaming and schedule.steps_given(tree.get("trainer")) <= 0:
         lines.append("data.streaming: needs to know when to stop; set trainer.max_steps=…")
     samples = tree.get("samples")
     samples = _section(Samples, {"prompts": samples} if isinstance(samples, (str, list)) else samples)
@@ -229,33 +236,6 @@ def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
         lines.append(
             f"samples.prompts: {samples.prompts}: no such file; name one with a `prompt` column, or list prompts"
         )
-
-
-def _strategy_problems(trainer: dict[str, Any], evaluated: bool) -> list[str]:
-    """When to evaluate, save and log: what transformers would refuse with a traceback."""
-    lines = [
-        f"trainer.{key}: is {str(trainer[key]).lower()}, as which YAML reads a bare yes or no; write {key}: 'no'"
-        for key in ("eval_strategy", "save_strategy", "logging_strategy")
-        if isinstance(trainer.get(key), bool)
-    ]
-    if not evaluated:
-        lines += [
-            f"trainer.{key}: there is nothing to evaluate on; set data.eval, a source or a fraction"
-            for key, without in EVALUATES.items()
-            if trainer.get(key, without[0]) not in without
-        ]
-    elif trainer.get("save_strategy") == "best":
-        if not trainer.get("metric_for_best_model"):
-            lines.append("trainer.save_strategy: best by which metric? set trainer.metric_for_best_model=eval_loss")
-        if trainer.get("eval_strategy", "no") == "no":
-            lines.append("trainer.save_strategy: best needs evaluations on the way; set trainer.eval_strategy=epoch")
-    return lines
-
-
-def _steps_given(trainer: Any) -> float:
-    """trainer.max_steps, where it is a number."""
-    steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
-    return steps if isinstance(steps, (int, float)) else 0
 
 
 def _look_at_run(plan: Plan, lines: list[str]) -> None:
@@ -279,6 +259,9 @@ def _look_at_run(plan: Plan, lines: list[str]) -> None:
             f"two or more; set data.batch_size={2 * plan.ranks} or a multiple"
         )
     plan.size, plan.memory = footprint(stage, recipe, plan.batch.per_device, plan.ranks)
+    if stage == "ppo":
+        other = replace(recipe, lora=None if recipe.lora else Lora())
+        plan.other_memory = footprint(stage, other, plan.batch.per_device, plan.ranks)[1]
     for count in plan.counts:
         plan.notes += [line for line in count.lines()]
 
@@ -298,6 +281,11 @@ def unchanged(plan: Plan) -> tuple[bool, list[str]]:
     differs = manifest.differing_keys(old, recipe_check.to_tree(plan.recipe))
     if made:
         differs += manifest.missing_files(run, made) + manifest.changed_parents(made)
+        differs += [
+            f"{entry['entry']} has changed since"
+            for entry in made.get("code", [])
+            if function.fingerprint(entry["entry"])["sha256"] != entry["sha256"]
+        ]
         today = {count.source: count.fingerprint for count in plan.counts}
         for entry in made.get("data", []):
             if entry["source"] in today and entry["fingerprint"] != today[entry["source"]]:

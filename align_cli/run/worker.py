@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli.errors import AlignError
+from align_cli.model import function
 from align_cli.model.zero import deepspeed_config
 from align_cli.recipe.check import from_tree, to_tree
 from align_cli.run import batch, footprint, launch, manifest, preflight, prepare
@@ -111,7 +112,7 @@ def _stage(stage: str, path: str, text: str) -> int:
             world_size=ranks,
             zero_stage=recipe.zero.stage,
             started=started,
-            extra=outcome.extra,
+            extra=outcome.extra | _code(recipe),
         )
         job.say(f"finished: {path}")
     _leave(ranks)
@@ -176,6 +177,12 @@ def _parents(recipe: Any) -> list[dict[str, Any]]:
     return entries + [manifest.parent("data", run) for run in runs]
 
 
+def _code(recipe: Any) -> dict[str, Any]:
+    """The Python functions that were rewards, by the hash of their files."""
+    entries = [function.fingerprint(entry) for _, entry in preflight.functions(to_tree(recipe))]
+    return {"code": entries} if entries else {}
+
+
 def _join() -> None:
     """Form the process group that all later libraries find and use."""
     import torch
@@ -216,6 +223,8 @@ def _end_with_parent() -> None:
 def main() -> int:
     """`python -m align_cli.run.worker STAGE RUN_DIR`, as the launcher calls it on every rank."""
     launch.quiet_environment()
+    if "--allow-code" in sys.argv:
+        function.allow()
     try:
         return run(sys.argv[1], Path(sys.argv[2]))
     except AlignError as error:

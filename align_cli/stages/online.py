@@ -13,12 +13,14 @@ from trl.trainer.utils import add_fused_lm_head
 
 from align_cli.data import chat
 from align_cli.data.groups import Count, Group, read_groups
-from align_cli.errors import DataError, raise_all
+from align_cli.errors import DataError, UpstreamError, raise_all
 from align_cli.methods import layout, verify
+from align_cli.methods.average import Average
 from align_cli.methods.guards import Guards
 from align_cli.methods.rollouts import BetweenRollouts, Reward
 from align_cli.methods.sampling import Sampler
-from align_cli.model import kind, load, reward
+from align_cli.model import function, kind, load, reward
+from align_cli.recipe.online import RewardSource
 from align_cli.recipe.schema import OnlineRecipe
 from align_cli.recipe.sections import Data, Model
 from align_cli.stages import training
@@ -108,26 +110,41 @@ def rewards(job: Job, prepare: Any, shared: Any = None) -> tuple[list[Reward], R
     """The recipe's rewards, and its gold reward if it names one. `prepare(model)` shards or places a frozen model;
     `shared` is the scorer of a backbone that plays the reward model itself."""
     recipe: OnlineRecipe = job.recipe
-    found = []
-    for source in recipe.reward:
-        if source.verify:
-            check = verify.verifier(source.verify.kind, source.verify.extract)
-            found.append(Reward(_checked(check), weight=source.weight, cell=cell(source.verify.column)))
-            continue
-        scale = kind.manifest(source.path).get("reward", {}) if source.normalize else {}
-        found.append(
-            Reward(
-                shared or scorer(job, Model(path=source.path, chat_template=source.chat_template), prepare),
-                weight=source.weight,
-                aggregate=source.aggregate,
-                k=source.k,
-                mean=torch.tensor([0.0] if scale.get("shift_in_weights") else scale.get("mean", [0.0])),
-                std=torch.tensor(scale.get("std", [1.0])).clamp(min=1e-6),
-                clip=source.clip,
-            )
-        )
-    gold = Reward(scorer(job, Model(path=recipe.gold.path), prepare)) if recipe.gold else None
-    return found, gold
+    found = [_reward(job, source, prepare, shared) for source in recipe.reward]
+    return found, _reward(job, recipe.gold, prepare) if recipe.gold else None
+
+
+def _reward(job: Job, source: RewardSource, prepare: Any, shared: Any = None) -> Reward:
+    settings = {"weight": source.weight, "aggregate": source.aggregate, "k": source.k, "clip": source.clip}
+    if source.verify:
+        check = verify.verifier(source.verify.kind, source.verify.extract)
+        return Reward(_checked(check), cell=cell(source.verify.column), **settings)
+    if source.python:
+        return Reward(function_scorer(source.python), **settings)
+    scale = kind.manifest(source.path).get("reward", {}) if source.normalize else {}
+    return Reward(
+        shared or scorer(job, Model(path=source.path, chat_template=source.chat_template), prepare),
+        mean=torch.tensor([0.0] if scale.get("shift_in_weights") else scale.get("mean", [0.0])),
+        std=torch.tensor(scale.get("std", [1.0])).clamp(min=1e-6),
+        **settings,
+    )
+
+
+def function_scorer(entry: str) -> Any:
+    """(prompts, texts) -> (b, 1) scores of a Python function. Raises UpstreamError if it gives anything else."""
+    call = function.load(entry)
+
+    def score(asked: list[Any], texts: list[str]) -> torch.Tensor:
+        try:
+            given = torch.as_tensor(call(asked, texts), dtype=torch.float32).cpu()
+        except Exception as error:  # whatever a stranger's function raises is the user's to mend
+            raise UpstreamError(f"{entry}: raised {type(error).__name__}: {error}") from error
+        if given.shape != (len(texts),) or not given.isfinite().all():
+            found = f"shape {tuple(given.shape)}" if given.shape != (len(texts),) else "numbers that are not finite"
+            raise UpstreamError(f"{entry}: gave {found} for {len(texts)} responses; give one finite number each")
+        return given.unsqueeze(1)
+
+    return score
 
 
 def cell(column: str) -> str:
@@ -234,10 +251,15 @@ def run_to_end(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job, count
     samples.answer(trainer, "before")
     guards = Guards(job.recipe.guards, trainer, job.say)
     trainer.add_callback(guards)
+    average = Average(job.recipe.method.ema, trainer) if job.recipe.method.ema else None
+    if average:
+        trainer.add_callback(average)
     between = BetweenRollouts(lambda: trainer.updates_per_rollout)
     metrics, stopped_by = training.loop(trainer, job, last=between)
     if stopped_by is None:
-        guards.roll_back()
+        rolled_back = guards.roll_back()
+        if average and not rolled_back:
+            average.put_in_place()
         samples.answer(trainer, "after")
         finish()
     reason = {"stopped_by_guard": guards.reason} if guards.reason else {}

@@ -22,6 +22,7 @@ from align_cli.model import load, reward
 from align_cli.model.load import set_ends
 from align_cli.model.lora import peft_config
 from align_cli.model.shared import POLICY, REWARD, VALUE, SharedBackbone
+from align_cli.recipe.schema import PpoRecipe
 from align_cli.recipe.sections import Data, Model
 from align_cli.stages import online, training
 from align_cli.stages.job import Job, Outcome
@@ -69,18 +70,28 @@ def run(job: Job) -> Outcome:
 def _backbone(job: Job, base: Any, args: PPOConfig) -> SharedBackbone:
     """Policy, reference, value function and reward model as adapters of one frozen model."""
     recipe = job.recipe
-    path = recipe.reward[0].path
-    backbone = SharedBackbone(
-        base, peft_config(recipe.lora), reward=path, value=recipe.value.path if recipe.value else path
-    )
+    backbone = SharedBackbone(base, peft_config(recipe.lora), reward=_rewarding(recipe), value=_valuing(recipe))
     if args.gradient_checkpointing:
         backbone.model.enable_input_require_grads()
     return backbone
 
 
+def _rewarding(recipe: PpoRecipe) -> str | None:
+    """The first reward model's run; None where rewards are functions."""
+    return next((source.path for source in recipe.reward if source.path is not None), None)
+
+
+def _valuing(recipe: PpoRecipe) -> str | None:
+    """The run whose weights the value function starts from; None for the policy's own and a head of zeros."""
+    return recipe.value.path if recipe.value else _rewarding(recipe)
+
+
 def _shared_scorer(job: Job, backbone: SharedBackbone) -> Any:
-    """Scores of the reward adapter at the responses' ends."""
-    tokenizer = load.tokenizer(Model(path=job.recipe.reward[0].path, chat_template=job.recipe.reward[0].chat_template))
+    """Scores of the reward adapter at the responses' ends, or None where rewards are functions."""
+    source = next((source for source in job.recipe.reward if source.path is not None), None)
+    if source is None:
+        return None
+    tokenizer = load.tokenizer(Model(path=source.path, chat_template=source.chat_template))
 
     def at_ends(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with backbone.role(REWARD):
@@ -91,10 +102,15 @@ def _shared_scorer(job: Job, backbone: SharedBackbone) -> Any:
 
 
 def _value_model(job: Job, tokenizer: Any) -> Any:
-    """The value function, as the reward model it starts from; its tokenizer must be the policy's."""
-    recipe = job.recipe
-    path = recipe.value.path if recipe.value else recipe.reward[0].path
-    return reward.load_run(path, tokenizer, job.dtype).train()
+    """The value function, as the reward model it starts from, whose tokenizer must be the policy's; or as the policy
+    with a head of zeros."""
+    path = _valuing(job.recipe)
+    if path is not None:
+        return reward.load_run(path, tokenizer, job.dtype).train()
+    model = reward.from_policy(job.recipe.model, tokenizer, dtype=job.dtype, seeds=[0], path=job.base)
+    with reward.whole(model.score.weight):
+        model.score.weight.data.zero_()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
 
 
 def _ptx(job: Job, tokenizer: Any, trainer: PPOTrainer) -> Iterator[dict[str, torch.Tensor]]:

@@ -123,3 +123,11 @@ def test_rollback_loads_the_best_checkpoint_and_stop_does_not(tmp_path):
         play(guards, trainer, [{"kl": 6.0}])
         guards.roll_back()
         assert trainer.loaded == loaded
+
+
+def test_a_figure_that_is_no_number_is_seen_at_once():
+    trainer = Watched()
+    guards, _ = made(trainer, {"metric": "nan", "act": "stop"})
+    assert not play(guards, trainer, [{"kl": 1.0, "loss": 0.1}]).should_training_stop
+    assert play(guards, trainer, [{"kl": float("nan"), "loss": float("inf"), "reward": 1.0}]).should_training_stop
+    assert "kl and loss are no number" in guards.reason

@@ -2,8 +2,6 @@
 
 import json
 import random
-import signal
-import time
 
 import project
 import pytest
@@ -127,16 +125,8 @@ def test_two_ranks_are_one_process(folder, stage, zero):
 def test_killed_and_run_again_it_ends_with_the_same_weights(folder, stage):
     settings = ["trainer.save_steps=4", "trainer.max_steps=24"]
     project.ok(stage, "recipe=t.yaml", "name=calm", *settings, cwd=folder)
-    process = project.start(stage, "recipe=t.yaml", "name=killed", *settings, cwd=folder)
     run = folder / f"runs/killed/{stage}"
-    until = time.monotonic() + 180
-    while not list(run.glob("checkpoints/checkpoint-*/complete")) and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "manifest.json").exists()
+    project.kill_after_a_checkpoint(stage, "recipe=t.yaml", "name=killed", *settings, run=run, cwd=folder, wait=0.3)
     assert "resuming from step" in project.ok(stage, "recipe=t.yaml", "name=killed", *settings, cwd=folder)
     for place in ("", "value") if stage == "ppo" else ("",):
         calm = project.weights(folder / f"runs/calm/{stage}" / place)
@@ -330,14 +320,8 @@ def test_two_ranks_are_one_process_on_one_backbone(adapters, folder, zero):
 def test_a_killed_run_on_one_backbone_ends_the_same(adapters, folder):
     settings = ["reward.path=runs/lora/rm", *LORA, "trainer.save_steps=4", "trainer.max_steps=16"]
     project.ok("ppo", "recipe=t.yaml", "name=lora-calm", *settings, cwd=folder)
-    process = project.start("ppo", "recipe=t.yaml", "name=lora-killed", *settings, cwd=folder)
     run = folder / "runs/lora-killed/ppo"
-    until = time.monotonic() + 180
-    while not list(run.glob("checkpoints/checkpoint-*/complete")) and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    project.kill_after_a_checkpoint("ppo", "recipe=t.yaml", "name=lora-killed", *settings, run=run, cwd=folder)
     assert "resuming from step" in project.ok("ppo", "recipe=t.yaml", "name=lora-killed", *settings, cwd=folder)
     for place in ("", "value"):
         calm = project.weights(folder / "runs/lora-calm/ppo" / place)

@@ -2,9 +2,7 @@
 
 import json
 import random
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import project
@@ -132,15 +130,8 @@ def test_two_ranks_are_one_process(folder, zero):
 def test_killed_and_run_again_it_ends_with_the_same_weights(folder):
     settings = ["trainer.save_steps=4", "trainer.max_steps=24"]
     project.ok("rm", "recipe=t.yaml", "name=calm", *settings, cwd=folder)
-    process = project.start("rm", "recipe=t.yaml", "name=killed", *settings, cwd=folder)
     run = folder / "runs/killed/rm"
-    until = time.monotonic() + 120
-    while not list(run.glob("checkpoints/checkpoint-*/complete")) and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "manifest.json").exists()
+    project.kill_after_a_checkpoint("rm", "recipe=t.yaml", "name=killed", *settings, run=run, cwd=folder)
     assert "resuming from step" in project.ok("rm", "recipe=t.yaml", "name=killed", *settings, cwd=folder)
     calm = project.weights(folder / "runs/calm/rm")
     assert all(torch.equal(tensor, calm[name]) for name, tensor in project.weights(run).items())
