@@ -17,13 +17,13 @@ REF_CHOSEN, REF_REJECTED = [-11.0, -5.0, -18.0], [-11.0, -5.0, -21.0]
 class Scripted(torch.nn.Module):
     """Stands in for the policy: gives each response the summed log-probability it is told, in its first token."""
 
-    def __init__(self, sums: list[float]):
+    def __init__(self, sums: list[float], dtype: torch.dtype = torch.float32):
         super().__init__()
         self.sums = sums
-        self.anchor = torch.nn.Parameter(torch.zeros(()))
+        self.anchor = torch.nn.Parameter(torch.zeros((), dtype=dtype))
 
     def forward(self, input_ids, labels, **kwargs):
-        log_probs = torch.zeros(input_ids.shape[0], input_ids.shape[1] - 1)
+        log_probs = torch.zeros(input_ids.shape[0], input_ids.shape[1] - 1, dtype=self.anchor.dtype)
         log_probs[:, 0] = torch.tensor(self.sums)
         zeros = torch.zeros_like(log_probs)
         return SimpleNamespace(
@@ -60,7 +60,7 @@ def build(tmp_path_factory):
     return make
 
 
-def per_pair(trainer, tokens=1):
+def per_pair(trainer, tokens=1, dtype=torch.float32):
     """The loss of each golden pair by itself; every response has `tokens` tokens."""
     found = []
     for pair in zip(POLICY_CHOSEN, POLICY_REJECTED, REF_CHOSEN, REF_REJECTED, strict=True):
@@ -70,7 +70,7 @@ def per_pair(trainer, tokens=1):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
         inputs |= {"ref_chosen_logps": torch.tensor([pair[2]]), "ref_rejected_logps": torch.tensor([pair[3]])}
         trainer.precompute_ref_logps = True
-        loss = trainer._compute_loss(Scripted(list(pair[:2])), inputs, return_outputs=False)
+        loss = trainer._compute_loss(Scripted(list(pair[:2]), dtype), inputs, return_outputs=False)
         found.append(loss.item())
     return found
 
@@ -87,6 +87,19 @@ def test_sigmoid_is_equation_7(build):
     rewards = trainer._metrics["eval"]
     close(rewards["rewards/chosen"], [0.1, 0.0, -0.2])
     close(rewards["rewards/rejected"], [-0.1, 0.1, 0.1])
+
+
+def test_spin_is_the_logistic_loss_of_the_human_reply_against_the_models_own(build, monkeypatch):
+    """arXiv 2401.01335, eq. 4.7, on the numbers of its reference function, through the arguments that the stage gives."""
+    from align_cli.stages import pairs, spin
+
+    given = {}
+    monkeypatch.setattr(pairs, "arguments", lambda job, **own: given.update(own))
+    part = SimpleNamespace(per_device=2, ranks=1, recipe=SimpleNamespace(method=SimpleNamespace(beta=0.1)))
+    spin.Spin.arguments(SimpleNamespace(held_out=0), part)
+    trainer = build(given["loss_type"], beta=given["beta"])
+    for kind in (torch.float32, torch.bfloat16):
+        close(per_pair(trainer, dtype=kind), [0.598139, 0.744397, 0.854355])
 
 
 def test_conservative_dpo_through_the_robust_loss(build):
