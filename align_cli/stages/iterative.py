@@ -176,23 +176,30 @@ class Answering:
         self.rounds, self.part, self.number = rounds, part, number
         self.policy: Answerer | None = None
         self.first: Any = None
+        self.engines: list[Any] = []
 
     def _load(self) -> None:
         part, rounds = self.part, self.rounds
         self.policy = Answerer(part, rounds.tokenizer, rounds.arguments(part))
         place = online.placing(self.policy.trainer)
-        self.rewards, self.gold = online.rewards(part, place)
+
+        def placed(model: Any) -> Any:
+            self.engines.append(place(model))
+            return self.engines[-1]
+
+        self.rewards, self.gold = online.rewards(part, placed)
         if self.number > 1:
             # KL is to the policy that the first round started from
             start = replace(part, base=rounds.job.base, reference=None)
             temperature = part.recipe.generation.temperature
             self.first = online.reference(start, rounds.tokenizer, self.policy.trainer, temperature)
+            self.engines.append(self.first)
 
     def close(self) -> None:
         """Let go of the models."""
-        engines = [self.first]
         self.policy = self.first = self.rewards = self.gold = None
-        let_go(*engines)
+        while self.engines:
+            let_go(self.engines.pop())
 
     def make(self, at: list[int]) -> list[Row]:
         """The rows of these prompts: K answers each, and what is known of every one."""

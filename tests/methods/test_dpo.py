@@ -90,7 +90,7 @@ def test_sigmoid_is_equation_7(build):
 
 
 def test_spin_is_the_logistic_loss_of_the_human_reply_against_the_models_own(build, monkeypatch):
-    """arXiv 2401.01335, eq. 4.7, on the numbers of its reference function, through the arguments that the stage gives."""
+    """arXiv 2401.01335, eq. 4.7, on its reference function's numbers, through the arguments that the stage gives."""
     from align_cli.stages import pairs, spin
 
     given = {}
