@@ -15,7 +15,7 @@ from align_cli.evaluate.refusals import rate
 
 RUNS = Path("runs/demo")
 AFTER = ("dpo", "ppo", "rloo")
-"""Stages that start from the SFT run."""
+"""Stages that start from the SFT run; those that are finished are shown."""
 SHOWN = 3
 """Prompts of each kind that are printed; all of them are counted."""
 
@@ -24,7 +24,10 @@ def main() -> None:
     console = Console(width=130)
     sft = samples(RUNS / "sft")
     stages = {"as it came": [row["before"] for row in sft]}
-    stages |= {f"after {stage.upper()}": [row["after"] for row in samples(RUNS / stage)] for stage in ("sft", *AFTER)}
+    finished = [stage for stage in AFTER if (RUNS / stage / "manifest.json").is_file()]
+    stages |= {
+        f"after {stage.upper()}": [row["after"] for row in samples(RUNS / stage)] for stage in ("sft", *finished)
+    }
     labels = [row["label"] for row in sft]
 
     answers = Table(title="Held-out prompts, answered greedily", show_lines=True, title_justify="left")
@@ -59,7 +62,7 @@ def main() -> None:
         f"DPO on held-out pairs: accuracy {metrics['eval_rewards/accuracies']:.2f}, "
         f"margin {metrics['eval_rewards/margins']:.2f} (0 before it began)"
     )
-    for stage in ("ppo", "rloo"):
+    for stage in finished[1:]:
         rows = [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if "reward" in row]
         ended = _manifest(stage).get("stopped_by_guard")
