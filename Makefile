@@ -47,7 +47,7 @@ demo-methods: setup model ## the preference methods from one start, in one table
 	$(BIN)/align dpo recipe=online-demo.yaml
 	$(BIN)/python scripts/methods_table.py
 
-demo-cai: setup model ## Constitutional AI on the same model: revisions, labels, DPO on them (about 10 minutes on 2 cores)
+demo-cai: setup model ## Constitutional AI on the same model: revisions, labels, DPO on them (about 8 minutes on 2 cores)
 	$(BIN)/align sft recipe=reviser.yaml
 	$(BIN)/align cai recipe=demo.yaml
 	$(BIN)/align dpo recipe=cai.yaml
