@@ -91,7 +91,7 @@ def test_a_reward_model_and_a_check_add_up(folder):
             ["prompts.jsonl: no column 'answer' to compare responses with (has prompt, wanted)"],
         ),
         (["reward.verify.kind=numeric"], ["prompts.jsonl:1: 'wanted' holds no number; mend the row"]),
-        (["reward.path=runs/none/rm"], ["give one of the two", "runs/none/rm is not there"]),
+        (["reward.path=runs/none/rm"], ["give one of them", "runs/none/rm is not there"]),
         (["method.k=1", "trainer.loss_type=grpo"], ["method.k", "write method.loss"]),
         (
             ["reward.verify.extract=(", "method.beta=0", "reference.path=models/tiny"],
