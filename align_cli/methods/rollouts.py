@@ -196,6 +196,27 @@ class Rollouts:
         super().log(logs, *args, **kwargs)
 
 
+class GroupRollouts(Rollouts):
+    """Mixin for trainers whose β is TRL's own and whose baseline is the other samples of a prompt."""
+
+    @property
+    def kl_coefficient(self) -> float:
+        """β."""
+        return self.beta
+
+    @kl_coefficient.setter
+    def kl_coefficient(self, beta: float) -> None:
+        self.beta = beta
+
+    def note_kl(self) -> None:
+        """Put KL and β among the figures: KL in nats a sequence, as PPO counts it, where TRL has it a token."""
+        per_token = self._metrics["train"]["kl"]
+        if self.model.training:
+            if per_token:
+                self.note("kl", per_token.pop() * self.latest["response_length"])
+            self.note("beta", self.beta)
+
+
 class BetweenRollouts(TrainerCallback):
     """Puts checkpoints off to the end of the rollout in hand, and stops there too."""
 

@@ -20,6 +20,7 @@ from align_cli.methods.guards import Guards
 from align_cli.methods.rollouts import BetweenRollouts, Reward
 from align_cli.methods.sampling import Sampler
 from align_cli.model import function, kind, load, reward
+from align_cli.model.lora import peft_config
 from align_cli.recipe.online import RewardSource
 from align_cli.recipe.schema import OnlineRecipe
 from align_cli.recipe.sections import Data, Model
@@ -243,6 +244,29 @@ def reference(job: Job, tokenizer: PreTrainedTokenizerBase, trainer: Any, temper
     model = load.policy(job.recipe.model, tokenizer, dtype=job.dtype, path=job.reference or job.base)
     add_fused_lm_head(model, temperature=temperature)
     return placing(trainer)(frozen(model))
+
+
+def run_group(job: Job, trainer_class: type, config_class: type, **own: Any) -> Outcome:
+    """RLOO and GRPO: sample K responses a prompt, score, train, in turn; save the policy. `own` are further fields of
+    the trainer's config. Returns the metrics and the row counts."""
+    recipe = job.recipe
+    tokenizer = load.tokenizer(recipe.model, job.base)
+    args = arguments(job, config_class, num_generations=recipe.method.k, beta=recipe.method.beta, **own)
+    rows, counts = prompts(job, tokenizer)
+    policy = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base)
+    load.set_ends(policy, chat.generation_ends(tokenizer))
+    trainer = trainer_class(
+        model=policy,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        reward_funcs=[total],
+        peft_config=peft_config(recipe.lora),
+    )
+    prepare(trainer, job)
+    if job.reference is not None:
+        trainer.ref_model = reference(job, tokenizer, trainer, args.temperature)
+    return run_to_end(trainer, tokenizer, job, counts, lambda: training.finish(trainer, tokenizer, job))
 
 
 def run_to_end(trainer: Any, tokenizer: PreTrainedTokenizerBase, job: Job, counts: list[Count], finish: Any) -> Outcome:
