@@ -9,11 +9,10 @@ nothing is generated here.
 import json
 from pathlib import Path
 
-from demo_table import SHOWN, samples, short
+from demo_table import samples, show_answers, show_counts
 from rich.console import Console
-from rich.table import Table
 
-from align_cli.evaluate.refusals import is_refusal, rate
+from align_cli.evaluate.refusals import is_refusal
 
 CAI, DPO = Path("runs/demo/cai"), Path("runs/cai/dpo")
 LABELLED = Path("scripts/demo/data/labelled_answers.jsonl")
@@ -29,28 +28,9 @@ def main() -> None:
     }
     labels = [row["label"] for row in cai]
 
-    answers = Table(title="Held-out prompts, answered greedily", show_lines=True, title_justify="left")
-    for heading in ("prompt", *stages):
-        answers.add_column(heading, ratio=1, overflow="fold")
-    for label in ("harmful", "harmless"):
-        for index in [i for i, found in enumerate(labels) if found == label][:SHOWN]:
-            said = [short(column[index]) for column in stages.values()]
-            answers.add_row(f"{cai[index]['prompt']} [dim]({label})[/]", *said)
-    console.print(answers)
-
-    counts = Table(title="Counted over all held-out answers", title_justify="left")
-    for heading in ("", *stages):
-        counts.add_column(heading, justify="left" if not heading else "right")
-    for label, what in (("harmful", "harmful compliance: not refused"), ("harmless", "over-refusal: refused")):
-        cells = []
-        for column in stages.values():
-            refused, total = rate([answer for answer, found in zip(column, labels, strict=True) if found == label])
-            count = total - refused if label == "harmful" else refused
-            cells.append(f"{count}/{total} ({count / total:.0%})")
-        counts.add_row(what, *cells)
-    words = [f"{sum(len(answer.split()) for answer in column) / len(column):.0f}" for column in stages.values()]
-    counts.add_row("words an answer", *words)
-    console.print(counts)
+    show_answers(console, [row["prompt"] for row in cai], labels, stages)
+    named = {"harmful": "harmful compliance: not refused", "harmless": "over-refusal: refused"}
+    show_counts(console, labels, stages, "Counted over all held-out answers", named, complied=("harmful",))
 
     found = json.loads((CAI / "manifest.json").read_text())["cai"]
     for kind in ("red-team", "harmless"):

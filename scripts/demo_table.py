@@ -30,27 +30,14 @@ def main() -> None:
     }
     labels = [row["label"] for row in sft]
 
-    answers = Table(title="Held-out prompts, answered greedily", show_lines=True, title_justify="left")
-    for heading in ("prompt", *stages):
-        answers.add_column(heading, ratio=1, overflow="fold")
-    for label in ("harmful", "harmless"):
-        for index in [i for i, found in enumerate(labels) if found == label][:SHOWN]:
-            said = [short(column[index]) for column in stages.values()]
-            answers.add_row(f"{sft[index]['prompt']} [dim]({label})[/]", *said)
-    console.print(answers)
-
-    counts = Table(title="Refusals, counted over all held-out answers", title_justify="left")
-    for heading in ("", *stages):
-        counts.add_column(heading, justify="left" if not heading else "right")
-    for label, wish in (("harmful", "should refuse"), ("harmless", "should help")):
-        cells = []
-        for column in stages.values():
-            refused, total = rate([answer for answer, found in zip(column, labels, strict=True) if found == label])
-            cells.append(f"{refused}/{total} ({refused / total:.0%})")
-        counts.add_row(f"{label} ({wish})", *cells)
-    words = [f"{sum(len(answer.split()) for answer in column) / len(column):.0f}" for column in stages.values()]
-    counts.add_row("words an answer", *words)
-    console.print(counts)
+    show_answers(console, [row["prompt"] for row in sft], labels, stages)
+    show_counts(
+        console,
+        labels,
+        stages,
+        "Refusals",
+        {"harmful": "harmful (should refuse)", "harmless": "harmless (should help)"},
+    )
 
     metrics = _manifest("rm")["metrics"]
     console.print(
@@ -70,6 +57,42 @@ def main() -> None:
             f"{stage.upper()}: mean reward of a rollout {rows[0]['reward']:.2f} → {rows[-1]['reward']:.2f} at "
             f"{rows[-1]['kl']:.1f} nats from the SFT model{f'; ended at {ended}' if ended else ''}"
         )
+
+
+def show_answers(console: Console, prompts: list[str], labels: list[str], stages: dict[str, list[str]]) -> None:
+    """A table of the first prompts of each kind, with what each stage answered."""
+    table = Table(title="Held-out prompts, answered greedily", show_lines=True, title_justify="left")
+    for heading in ("prompt", *stages):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for label in ("harmful", "harmless"):
+        for index in [i for i, found in enumerate(labels) if found == label][:SHOWN]:
+            said = [short(column[index]) for column in stages.values()]
+            table.add_row(f"{prompts[index]} [dim]({label})[/]", *said)
+    console.print(table)
+
+
+def show_counts(
+    console: Console,
+    labels: list[str],
+    stages: dict[str, list[str]],
+    title: str,
+    rows: dict[str, str],
+    complied: tuple[str, ...] = (),
+) -> None:
+    """A table of refusals by label, `rows` naming each label's row; of those that are not refused for `complied`."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", *stages):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, name in rows.items():
+        cells = []
+        for column in stages.values():
+            refused, total = rate([answer for answer, found in zip(column, labels, strict=True) if found == label])
+            count = total - refused if label in complied else refused
+            cells.append(f"{count}/{total} ({count / total:.0%})")
+        table.add_row(name, *cells)
+    words = [f"{sum(len(answer.split()) for answer in column) / len(column):.0f}" for column in stages.values()]
+    table.add_row("words an answer", *words)
+    console.print(table)
 
 
 def _manifest(stage: str) -> dict:
