@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
 
 from align_cli.methods.sampling import Sampler, respond, row_seed
 
@@ -61,6 +62,25 @@ class Reward:
         return self.weight * one, spread
 
 
+class EpochOrder(torch.utils.data.Sampler):
+    """TRL's order of prompts, drawn for each epoch from the seed and the epoch's number.
+
+    TRL's own generator goes on from one epoch to the next, so that a process which starts in a later one would draw the
+    first epoch's order again. The number is asked for: accelerate tells only some samplers of it, and not through the
+    wrapper that skips what a resumed run has behind it.
+    """
+
+    def __init__(self, inner: RepeatSampler, epoch: Callable[[], int]):
+        self.inner, self.epoch = inner, epoch
+
+    def __iter__(self):
+        self.inner.generator.manual_seed(self.inner.seed + self.epoch())
+        yield from self.inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+
 class Rollouts:
     """Mixin; `prepare_rollouts` is to be called once the trainer is built."""
 
@@ -89,6 +109,9 @@ class Rollouts:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     # -- sampling
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochOrder:
+        return EpochOrder(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any):
         if self.use_vllm or getattr(self, "use_transformers_continuous_batching", False):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import project
 import pytest
@@ -121,15 +122,21 @@ def test_two_ranks_are_one_process(folder, stage, zero):
         assert torch.allclose(tensor, project.weights(two)[name], atol=5e-4), name
 
 
-@pytest.mark.parametrize("stage", ["ppo", pytest.param("rloo", marks=SLOW)])
-def test_killed_and_run_again_it_ends_with_the_same_weights(folder, stage):
-    settings = ["trainer.save_steps=4", "trainer.max_steps=24"]
-    project.ok(stage, "recipe=t.yaml", "name=calm", *settings, cwd=folder)
-    run = folder / f"runs/killed/{stage}"
-    project.kill_after_a_checkpoint(stage, "recipe=t.yaml", "name=killed", *settings, run=run, cwd=folder, wait=0.3)
-    assert "resuming from step" in project.ok(stage, "recipe=t.yaml", "name=killed", *settings, cwd=folder)
+@pytest.mark.parametrize(
+    ("stage", "ranks"), [("ppo", 1), pytest.param("ppo", 2, marks=SLOW), pytest.param("rloo", 1, marks=SLOW)]
+)
+def test_killed_in_its_second_epoch_and_run_again_it_ends_with_the_same_weights(folder, stage, ranks):
+    # 16 updates an epoch
+    settings = ["trainer.save_steps=18", "trainer.max_steps=40", f"launch.num_gpus={ranks}"]
+    settings.append(f"trainer.per_device_train_batch_size={8 // ranks}")
+    project.ok(stage, "recipe=t.yaml", f"name=calm{ranks}", *settings, cwd=folder)
+    run = folder / f"runs/killed{ranks}/{stage}"
+    words = [stage, "recipe=t.yaml", f"name=killed{ranks}", *settings]
+    project.kill_after_a_checkpoint(*words, run=run, cwd=folder, wait=0.1)
+    said = project.ok(*words, cwd=folder)
+    assert int(re.search(r"resuming from step (\d+)", said)[1]) > 16
     for place in ("", "value") if stage == "ppo" else ("",):
-        calm = project.weights(folder / f"runs/calm/{stage}" / place)
+        calm = project.weights(folder / f"runs/calm{ranks}/{stage}" / place)
         assert all(torch.equal(tensor, calm[name]) for name, tensor in project.weights(run / place).items()), place
 
 
