@@ -25,13 +25,10 @@ model: $(MODEL)/model.safetensors ## SmolLM2-135M-Instruct as a model directory,
 $(MODEL)/model.safetensors: | $(READY)
 	$(BIN)/python scripts/demo_model.py $(MODEL)
 
-demo: setup model ## SFT, reward model, DPO on a real 135M model, and what changed (about 10 minutes on 2 cores)
+demo: setup model ## SFT, reward model, DPO, PPO, RLOO on a real 135M model, and what changed
 	$(BIN)/align sft recipe=demo.yaml
 	$(BIN)/align rm recipe=demo.yaml
 	$(BIN)/align dpo recipe=demo.yaml
-	$(BIN)/python scripts/demo_table.py
-
-demo-rl: demo ## PPO and RLOO on the demo's reward model, beside DPO
 	$(BIN)/align ppo recipe=demo.yaml
 	$(BIN)/align rloo recipe=demo.yaml
 	$(BIN)/python scripts/demo_table.py
@@ -76,4 +73,4 @@ format: setup ## mend what check complains of
 clean: ## remove runs and models, keep the environment
 	rm -rf runs models
 
-.PHONY: help setup model demo demo-rl demo-methods demo-cai constitutional test test-slow check format clean
+.PHONY: help setup model demo demo-methods demo-cai constitutional test test-slow check format clean
