@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from align_cli.errors import AlignError
-from align_cli.recipe.cai import Speaker
+from align_cli.recipe.speaker import Speaker
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Answers of a server that may be other ones a little later."""

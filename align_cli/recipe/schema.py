@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from align_cli.recipe.cai import CaiGeneration, CaiMethod, OptionalSpeaker, cai_rules
+from align_cli.recipe.cai import CaiGeneration, CaiMethod, cai_rules
 from align_cli.recipe.dpo import DpoMethod, SpinMethod, round_rules, spin_rules
 from align_cli.recipe.online import (
     Generation,
@@ -40,6 +40,7 @@ from align_cli.recipe.sections import (
     as_source,
     section,
 )
+from align_cli.recipe.speaker import OptionalSpeaker
 
 
 @section

@@ -15,9 +15,10 @@ from align_cli.data.groups import Count, check_sources
 from align_cli.model import templates
 from align_cli.model.endpoint import key_problems
 from align_cli.recipe import constitution
-from align_cli.recipe.cai import NEEDS_PHASE, CaiMethod, Speaker
+from align_cli.recipe.cai import NEEDS_PHASE, CaiMethod
 from align_cli.recipe.schema import CaiRecipe
 from align_cli.recipe.sections import Data
+from align_cli.recipe.speaker import Speaker
 from align_cli.run.upstream import policy_problems
 
 COLUMNS = {

@@ -17,10 +17,11 @@ from align_cli.data.load import is_local
 from align_cli.errors import AlignError, RecipeError
 from align_cli.model import function, kind, memory, templates
 from align_cli.recipe import check as recipe_check
-from align_cli.recipe.cai import CaiMethod, Speaker
+from align_cli.recipe.cai import CaiMethod
 from align_cli.recipe.compose import Composed
 from align_cli.recipe.schema import Recipe
 from align_cli.recipe.sections import Data, Launch, Lora, Model, OtherModel, Samples
+from align_cli.recipe.speaker import Speaker
 from align_cli.run import batch, constitutional, devices, loops, manifest, schedule
 from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import footprint

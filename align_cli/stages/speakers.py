@@ -19,8 +19,9 @@ from align_cli.methods.sampling import Sampler, respond
 from align_cli.model import load
 from align_cli.model.endpoint import Endpoint, cost
 from align_cli.model.zero import load_whole_from_now_on
-from align_cli.recipe.cai import CaiGeneration, Speaker
+from align_cli.recipe.cai import CaiGeneration
 from align_cli.recipe.sections import Model
+from align_cli.recipe.speaker import Speaker
 from align_cli.stages.job import Job
 from align_cli.stages.kept import Kept
 

@@ -7,7 +7,7 @@ import pytest
 
 from align_cli.errors import AlignError
 from align_cli.model.endpoint import Endpoint, cost, key_problems
-from align_cli.recipe.cai import Speaker
+from align_cli.recipe.speaker import Speaker
 
 ASK = [{"role": "user", "content": "hello"}]
 
