@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align_cli.data.turns import Dropped
+from align_cli.recipe.constitution import Constitution
 
 
 @dataclass
@@ -86,3 +87,9 @@ class Count:
             f" data.max_dropped allows {limit:.1%}; most often: {reason} ({most}), first at {self.first[reason]};"
             f" {remedy}"
         )
+
+
+def of_constitution(law: Constitution) -> Count:
+    """A constitution as a source, so that a changed one makes a finished run stale."""
+    number = len(law.principles)
+    return Count(law.path, rows_read=number, rows_used=number, format="constitution", fingerprint=law.sha256)

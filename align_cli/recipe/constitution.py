@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,23 +79,23 @@ class Constitution:
         return [one for one in self.examples if one.prompts in ("all", kind)][:count]
 
 
-def find(named: str) -> Path:
-    """The file that `method.constitution` means: a path, or a name in recipes/constitution. Raises RecipeError."""
+def find(named: str, key: str = "method.constitution") -> Path:
+    """The file that the recipe's `key` means: a path, or a name in recipes/constitution. Raises RecipeError."""
     known = places.group_files(GROUP)
     file = known.get(named.removesuffix(".yaml")) if "/" not in named else None
     if Path(named).is_file():
         return Path(named)
     if file is None:
         near = did_you_mean(named, list(known)) or f"; known: {', '.join(known)}, or the path of a YAML file"
-        raise RecipeError(f"method.constitution: {named}: no such constitution{near}")
+        raise RecipeError(f"{key}: {named}: no such constitution{near}")
     return file
 
 
-def load(named: str) -> Constitution:
+def load(named: str, key: str = "method.constitution") -> Constitution:
     """The constitution that a recipe names. Raises RecipeError with every problem, each with its line."""
     import yaml
 
-    file = find(named)
+    file = find(named, key)
     files.read(file)  # syntax, keys written twice, tags
     text = file.read_bytes()
     try:
@@ -142,3 +142,19 @@ def _explain(file: Path, detail: dict[str, Any]) -> str:
         return f"{where}: {key}: is empty; write it, or remove the entry"
     expected = detail["msg"].replace("Input should be", "expected").replace("a valid ", "a ")
     return f"{where}: {key}: {expected}, found {type(given).__name__} {given!r:.60}"
+
+
+def chosen(named: str, wanted: list[str] | None, key: str) -> Constitution:
+    """The constitution with the principles of these names only; None for all. `key` is the reward that names them.
+    Raises RecipeError with every problem."""
+    held = load(named, f"{key}.constitution")
+    known = [one.id for one in held.principles]
+    raise_all(
+        RecipeError,
+        [
+            f"{key}.principles: {held.path} holds no principle '{name}'{did_you_mean(name, known)}"
+            for name in wanted or ()
+            if name not in known
+        ],
+    )
+    return replace(held, principles=[one for one in held.principles if wanted is None or one.id in wanted])

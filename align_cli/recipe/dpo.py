@@ -140,7 +140,8 @@ def round_rules(recipe: Any) -> Iterator[tuple[str, str]]:
     if recipe.reward is None:
         yield (
             "reward",
-            "is missing, and rounds score their own answers; name a finished `align rm` run, such as ${stage:rm}",
+            "is missing, and rounds score their own answers; name a finished `align rm` run, such as ${stage:rm}, or a "
+            "judge",
         )
     if isinstance(recipe.data.eval, float):
         yield "data.eval", "is a share of prompts, which hold no preferences; name preferences to watch, or null"
@@ -150,7 +151,7 @@ def round_rules(recipe: Any) -> Iterator[tuple[str, str]]:
             "data.train",
             f"names {sources} sources for {rounds} rounds; give one each, or set method.fresh=slices",
         )
-    yield from reward_rules(recipe.reward or [])
+    yield from reward_rules(recipe.reward or [], rounds=True)
     yield from guard_rules(recipe.guards, recipe.gold)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from align_cli.recipe.sections import Count, Fraction, Positive, Source, as_source, section
+from align_cli.recipe.speaker import OptionalSpeaker
 
 
 @section
@@ -60,6 +61,15 @@ class RewardSource:
     python: str | None = None
     """In place of a run: `module:function`, called as function(prompts, responses) with lists of messages and of texts,
     giving a number a response. Runs only if the command was given --allow-code."""
+    judge: OptionalSpeaker = None
+    """In place of a run, in rounds of DPO: compare a prompt's answers with each other, each two in both orders. An
+    answer's reward is the mean probability that it is the better one."""
+    constitution: str = "default"
+    """For a judge: a YAML file of principles, or the name of one in recipes/constitution; one is drawn for each
+    prompt."""
+    principles: Annotated[list[str], Field(min_length=1)] | None = None
+    """For a judge: names of the principles that are drawn from; null: all, for which the prompts should be of one
+    kind."""
     chat_template: str | None = None
     """As model.chat_template, for a reward model whose tokenizer has none."""
     weight: float = 1.0
@@ -74,12 +84,20 @@ class RewardSource:
     """Scores beyond ±clip, after normalization, count as ±clip."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        given = [name for name in ("path", "verify", "python") if getattr(self, name) is not None]
+        given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
-            found = f"and {' and '.join(given[1:])} both say" if given else "or verify or python must say"
+            found = f"and {' and '.join(given[1:])} both say" if given else "or verify, python or judge must say"
             yield given[0] if given else "path", f"{found} where the reward comes from; give one of them"
         if self.verify is not None:
             yield from self.verify.rules()
+        if self.judge is not None:
+            yield from self.judge.problems("judge")
+        elif self.principles is not None:
+            yield "principles", "is for a judge; remove it, or set judge"
+
+
+SOURCES = ("path", "verify", "python", "judge")
+"""Fields of a reward that say where it comes from."""
 
 
 def _as_rewards(value: Any) -> Any:
@@ -141,15 +159,25 @@ def guard_rules(guards: list[Guard], gold: Any) -> Iterator[tuple[str, str]]:
         yield "gold", "is missing, and a guard watches gold_reward; name a held-out reward model"
     if gold is not None:
         yield from ((f"gold.{key}", text) for key, text in gold.rules())
-        if gold.verify is not None:
-            yield "gold.verify", "is for rewards; name a held-out reward model or a function"
+        for name in ("verify", "judge"):
+            if getattr(gold, name) is not None:
+                yield f"gold.{name}", "is for rewards; name a held-out reward model or a function"
 
 
-def reward_rules(rewards: list[RewardSource]) -> Iterator[tuple[str, str]]:
+def reward_keys(count: int) -> list[str]:
+    """What so many rewards are called in messages."""
+    return [f"reward[{at}]" for at in range(count)] if count > 1 else ["reward"]
+
+
+def reward_rules(rewards: list[RewardSource], *, rounds: bool = False) -> Iterator[tuple[str, str]]:
     """What is wrong with each source of reward."""
-    for at, source in enumerate(rewards):
-        place = f"reward[{at}]" if len(rewards) > 1 else "reward"
+    for source, place in zip(rewards, reward_keys(len(rewards)), strict=True):
         yield from ((f"{place}.{key}", text) for key, text in source.rules())
+        if source.judge is not None and not rounds:
+            yield (
+                f"{place}.judge",
+                "compares the answers of a round of DPO (method.rounds); name an `align rm` run here",
+            )
 
 
 def room_rules(generation: Generation, data: Any) -> Iterator[tuple[str, str]]:

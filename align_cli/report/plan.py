@@ -12,6 +12,7 @@ from align_cli.model import kind
 from align_cli.model.memory import GIB, Part
 from align_cli.recipe.online import RewardSource
 from align_cli.recipe.sections import Source
+from align_cli.recipe.speaker import Speaker
 from align_cli.run import devices, loops
 from align_cli.run.footprint import resolve_dtype
 from align_cli.run.preflight import Plan
@@ -45,8 +46,7 @@ def show(plan: Plan, console: Console) -> None:
             rows.append((f"data.{key}", f"{value:.0%} of the prompts"))
     for role in ("writer", "feedback"):
         if (speaker := getattr(recipe, role, None)) is not None:
-            named = speaker.path or f"{speaker.model} at {speaker.endpoint}, {speaker.concurrency} requests at a time"
-            rows.append((role, named))
+            rows.append((role, speaker.path or said_of(speaker)))
     for line in plan.notes:
         rows.append(("", line))
     rows.append(("method", _settings(recipe.method, loops.idle(recipe))))
@@ -83,10 +83,17 @@ def show(plan: Plan, console: Console) -> None:
     console.print(grid, highlight=False)
 
 
+def said_of(speaker: Speaker) -> str:
+    """Where a speaker is asked."""
+    return f"{speaker.model} at {speaker.endpoint}, {speaker.concurrency} requests at a time"
+
+
 def _said(source: RewardSource) -> str:
     """Where a reward comes from."""
     if source.verify is not None:
         return f"{source.verify.kind}, compared with '{source.verify.column}'"
+    if source.judge is not None:
+        return f"{source.judge.path or said_of(source.judge)}, a judge under {source.judge.constitution}"
     return source.path or f"{source.python} (Python)"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from align_cli.data.count import of_constitution
 from align_cli.data.groups import Count, check_sources
 from align_cli.model import templates
 from align_cli.model.endpoint import key_problems
@@ -34,13 +35,7 @@ def law(method: CaiMethod) -> tuple[list[str], list[Count]]:
     kinds = ["red-team", *(["harmless"] if method.harmless else [])]
     if lines := constitution.problems(method.constitution, kinds):
         return lines, []
-    return [], [law_count(constitution.load(method.constitution))]
-
-
-def law_count(held: constitution.Constitution) -> Count:
-    """A constitution as a source of the manifest."""
-    number = len(held.principles)
-    return Count(held.path, rows_read=number, rows_used=number, format="constitution", fingerprint=held.sha256)
+    return [], [of_constitution(constitution.load(method.constitution))]
 
 
 def speaker_problems(key: str, speaker: Speaker, starting: bool, todo: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from align_cli.recipe.compose import Composed
 from align_cli.recipe.schema import Recipe
 from align_cli.recipe.sections import Data, Launch, Lora, Model, OtherModel, Samples
 from align_cli.recipe.speaker import Speaker
-from align_cli.run import batch, constitutional, devices, loops, manifest, schedule
+from align_cli.run import batch, constitutional, devices, loops, manifest, rewards, schedule
 from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import footprint
 from align_cli.run.upstream import (
@@ -130,6 +130,8 @@ def load(stage: str, arguments: list[str], *, starting: bool) -> Plan:
     _look_at_data(plan, lines, starting)
     if stage == "cai":
         _look_at_constitution(plan, lines, starting)
+    found, laws = rewards.judge_problems(plan.composed.tree, starting, plan.todo)
+    lines, plan.counts = lines + found, plan.counts + laws
     launch = _section(Launch, composed.tree.get("launch", {}))
     if launch is not None:
         lines += devices.problems(launch)
@@ -154,47 +156,17 @@ def _look_at_models(plan: Plan, lines: list[str], starting: bool) -> None:
     if model is not None:
         lines += policy_problems("model.path", model.path, starting, plan.todo)
         lines += templates.problems(model.path, model.chat_template)
-    for role, path in reward_models(tree):
+    for role, path in rewards.reward_models(tree):
         lines += reward_problems(role, path, starting, plan.todo)
-    for role, entry in functions(tree):
+    for role, entry in rewards.functions(tree):
         lines += function.problems(role, entry)
     if plan.composed.stage == "ppo" and tree.get("lora") and model is not None:
-        for role, path in reward_models(tree):
+        for role, path in rewards.reward_models(tree):
             lines += backbone_problems(role, path, model.path) if not role.startswith("gold") else []
     for role in OTHERS:
         other = _section(OtherModel, tree.get(role))
         if other is not None:
             lines += policy_problems(f"{role}.path", other.path, starting, plan.todo)
-
-
-def reward_models(tree: dict[str, Any]) -> list[tuple[str, str]]:
-    """(key, path) of every reward model that a recipe names."""
-    return _rewards(tree, "path")
-
-
-def functions(tree: dict[str, Any]) -> list[tuple[str, str]]:
-    """(key, module:function) of every Python function that a recipe names as a reward."""
-    return _rewards(tree, "python")
-
-
-def _rewards(tree: dict[str, Any], what: str) -> list[tuple[str, str]]:
-    named = tree.get("reward")
-    entries = named if isinstance(named, list) else [named]
-    found = [(f"reward[{at}]" if len(entries) > 1 else "reward", entry) for at, entry in enumerate(entries)]
-    found += [(role, tree.get(role)) for role in ("value", "gold")]
-    # a string alone is a path
-    named = [(f"{key}.{what}", entry if isinstance(entry, dict) else {"path": entry}) for key, entry in found]
-    return [(key, entry[what]) for key, entry in named if isinstance(entry.get(what), str)]
-
-
-def compared(tree: dict[str, Any]) -> list[str]:
-    """The columns of the data that rewards compare responses with."""
-    named = tree.get("reward")
-    checks = [
-        entry.get("verify") for entry in (named if isinstance(named, list) else [named]) if isinstance(entry, dict)
-    ]
-    columns = [check.get("column") for check in checks if isinstance(check, dict)]
-    return list(dict.fromkeys(column for column in columns if isinstance(column, str)))
 
 
 def _look_at_constitution(plan: Plan, lines: list[str], starting: bool) -> None:
@@ -224,7 +196,7 @@ def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
         return
     there, plan.pending = there_already(data, lines, starting, plan.todo)
     if there is not None:
-        need, cells = NEEDS[plan.composed.stage], compared(tree)
+        need, cells = NEEDS[plan.composed.stage], rewards.compared(tree)
         found, plan.counts = loops.sources(plan.composed.stage, tree, there, need, cells)
         lines += found
     if isinstance(trainer := tree.get("trainer"), dict):

@@ -18,7 +18,7 @@ from align_cli.errors import AlignError
 from align_cli.model import function
 from align_cli.model.zero import deepspeed_config
 from align_cli.recipe.check import from_tree, to_tree
-from align_cli.run import batch, footprint, launch, manifest, preflight, prepare
+from align_cli.run import batch, footprint, launch, manifest, preflight, prepare, rewards
 from align_cli.run.directory import RunDirectory
 
 
@@ -163,11 +163,13 @@ def _parents(recipe: Any) -> list[dict[str, Any]]:
     for role in preflight.OTHERS:
         if getattr(recipe, role, None) is not None:
             entries.append(manifest.parent(role, getattr(recipe, role).path))
-    for key, path in preflight.reward_models(to_tree(recipe)):
+    for key, path in rewards.reward_models(to_tree(recipe)):
         entries.append(manifest.parent(key.split("[")[0].split(".")[0], path))
     for role in ("writer", "feedback"):
         if (speaker := getattr(recipe, role, None)) is not None and speaker.path:
             entries.append(manifest.parent(role, speaker.path))
+    judges = [source.judge.path for _, source in rewards.judges(to_tree(recipe)) if source.judge.path]
+    entries += [manifest.parent("judge", path) for path in judges]
     sources = recipe.data.train + (recipe.data.eval if isinstance(recipe.data.eval, list) else [])
     for more in ("harmless", "helpful"):
         sources = sources + (getattr(recipe.method, more, None) or [])
@@ -179,7 +181,7 @@ def _parents(recipe: Any) -> list[dict[str, Any]]:
 
 def _code(recipe: Any) -> dict[str, Any]:
     """The Python functions that were rewards, by the hash of their files."""
-    entries = [function.fingerprint(entry) for _, entry in preflight.functions(to_tree(recipe))]
+    entries = [function.fingerprint(entry) for _, entry in rewards.functions(to_tree(recipe))]
     return {"code": entries} if entries else {}
 
 

@@ -15,6 +15,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from align_cli.data.count import of_constitution
 from align_cli.data.groups import Count
 from align_cli.data.load import fingerprint
 from align_cli.errors import DataError
@@ -75,18 +76,12 @@ def _phases(job: Job, kept: Kept) -> Outcome:
     if job.main:
         audit.write(job.run.path, extra)
         job.say(f"every chain and label can be read in {job.run.path / audit.FILE}")
-    return Outcome(outcome.metrics, [*counts, *outcome.counts, _count(law)], extra=extra)
+    return Outcome(outcome.metrics, [*counts, *outcome.counts, of_constitution(law)], extra=extra)
 
 
 def _warn(job: Job, lines: list[str]) -> None:
     for line in lines:
         job.say(f"weak: {line}")
-
-
-def _count(law: constitution.Constitution) -> Count:
-    """The constitution as a source, so that a changed one makes a finished run stale."""
-    number = len(law.principles)
-    return Count(law.path, rows_read=number, rows_used=number, format="constitution", fingerprint=law.sha256)
 
 
 def _begin(job: Job, kept: Kept, law: constitution.Constitution) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from align_cli.data import chat
+from align_cli.data.count import of_constitution
 from align_cli.data.groups import Count, Group, read_groups
 from align_cli.data.split import canonical, hashed
 from align_cli.data.turns import Dropped
@@ -28,9 +29,10 @@ from align_cli.methods.rollouts import correlation, distinct
 from align_cli.methods.sampling import row_seed
 from align_cli.recipe.schema import DpoRecipe
 from align_cli.run.directory import write_atomically
-from align_cli.stages import online, pairs
+from align_cli.stages import judging, online, pairs
 from align_cli.stages.answers import Answerer, Row, collect, let_go
 from align_cli.stages.job import Job, Outcome, fold_in
+from align_cli.stages.judging import Judging
 from align_cli.stages.rounds import Rounds, Sampled
 
 
@@ -47,6 +49,8 @@ class IterativeDpo(Rounds):
     def __init__(self, job: Job):
         super().__init__(job)
         recipe: DpoRecipe = job.recipe
+        judging.probe(job)
+        self.counts += map(of_constitution, judging.laws(recipe))
         self.numbers = range(1, recipe.method.rounds + 1)
         self.prompts = self._prompts()
         self.held_out = self._held_out()
@@ -129,7 +133,9 @@ class IterativeDpo(Rounds):
             for w, l in chosen:  # noqa: E741
                 rows.append({"prompt_ids": ids, "chosen_ids": row["ids"][w], "rejected_ids": row["ids"][l]})
                 texts = {"prompt": row["prompt"], "chosen": row["responses"][w], "rejected": row["responses"][l]}
-                kept.append(texts | {"score_chosen": row["scores"][w], "score_rejected": row["scores"][l]})
+                scores = {"score_chosen": row["scores"][w], "score_rejected": row["scores"][l]}
+                principles = {"principles": row["principles"]} if "principles" in row else {}
+                kept.append(texts | scores | principles)
         if not rows:
             raise DataError(
                 f"{file}: none of its {len(groups)} prompts gives a pair ({', '.join(count.dropped)}); "
@@ -141,7 +147,7 @@ class IterativeDpo(Rounds):
         figures = _figures(found) | {"pairs": len(rows)}
         shown = ", ".join(f"{name} {figures[name]:.4g}" for name in ("reward", "kl", "response_length", "eos_rate"))
         part.say(f"round {number}: {len(rows)} pairs of {len(groups)} prompts; {shown}")
-        return Sampled(rows, figures, count, self.held_out)
+        return Sampled(rows, figures, count, self.held_out, judging.usage(part))
 
     def before(self, number: int, figures: dict[str, float]) -> bool:
         """The guards, on answers of the policy as the round found it."""
@@ -234,8 +240,10 @@ class Answering:
         }
         if self.gold is not None:
             columns["gold"] = self.gold(asked, texts)[0].tolist()
+        judges = [reward.score for reward in self.rewards if isinstance(reward.score, Judging)]
         return [
             {"row": row, "prompt": groups[row].prompt}
+            | ({"principles": [one.principle(groups[row].prompt).id for one in judges]} if judges else {})
             | {name: column[n * k : (n + 1) * k] for name, column in columns.items()}
             for n, row in enumerate(at)
         ]

@@ -21,11 +21,12 @@ from align_cli.methods.rollouts import BetweenRollouts, Reward
 from align_cli.methods.sampling import Sampler
 from align_cli.model import function, kind, load, reward
 from align_cli.model.lora import peft_config
-from align_cli.recipe.online import RewardSource
+from align_cli.recipe.online import RewardSource, reward_keys
 from align_cli.recipe.schema import OnlineRecipe
 from align_cli.recipe.sections import Data, Model
 from align_cli.stages import training
 from align_cli.stages.job import Job, Outcome, fold_in
+from align_cli.stages.judging import Judging
 from align_cli.stages.samples import Samples
 
 SCORED_TOKENS = 8192
@@ -111,15 +112,18 @@ def rewards(job: Job, prepare: Any, shared: Any = None) -> tuple[list[Reward], R
     """The recipe's rewards, and its gold reward if it names one. `prepare(model)` shards or places a frozen model;
     `shared` is the scorer of a backbone that plays the reward model itself."""
     recipe: OnlineRecipe = job.recipe
-    found = [_reward(job, source, prepare, shared) for source in recipe.reward]
+    keyed = zip(recipe.reward, reward_keys(len(recipe.reward)), strict=True)
+    found = [_reward(job, source, prepare, shared, key) for source, key in keyed]
     return found, _reward(job, recipe.gold, prepare) if recipe.gold else None
 
 
-def _reward(job: Job, source: RewardSource, prepare: Any, shared: Any = None) -> Reward:
+def _reward(job: Job, source: RewardSource, prepare: Any, shared: Any = None, key: str = "") -> Reward:
     settings = {"weight": source.weight, "aggregate": source.aggregate, "k": source.k, "clip": source.clip}
     if source.verify:
         check = verify.verifier(source.verify.kind, source.verify.extract)
         return Reward(_checked(check), cell=cell(source.verify.column), **settings)
+    if source.judge:
+        return Reward(Judging(job, source, key), **settings)
     if source.python:
         return Reward(function_scorer(source.python), **settings)
     scale = kind.manifest(source.path).get("reward", {}) if source.normalize else {}

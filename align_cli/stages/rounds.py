@@ -45,6 +45,8 @@ class Sampled:
     count: Count
     """Of prompts that were answered and those that made no pair."""
     held_out: list[dict[str, list[int]]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further entries of the round's manifest."""
 
 
 class Rounds(ABC):
@@ -137,13 +139,14 @@ class Rounds(ABC):
                 parents=[
                     manifest.parent("policy", start),
                     *(manifest.parent("reward", one.path) for one in rewards if one.path),
+                    *(manifest.parent("judge", one.judge.path) for one in rewards if one.judge and one.judge.path),
                 ],
                 data=[sampled.count.as_manifest()],
                 metrics=outcome.metrics,
                 world_size=part.ranks,
                 zero_stage=part.recipe.zero.stage,
                 started=started,
-                extra={"sampled": sampled.figures},
+                extra={"sampled": sampled.figures} | sampled.extra,
             )
         return shared(self.job, made)
 
