@@ -33,6 +33,7 @@ FREE = {
     "recipe.dpo",
     "recipe.cai",
     "recipe.constitution",
+    "recipe.rewards",
     "recipe.speaker",
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from align_cli.recipe.online import Guard
+from align_cli.recipe.rewards import Guard
 
 STATE = "online.json"
 """What a checkpoint remembers beside the trainer's own state: β, how often each guard has seen its sign, the bests."""

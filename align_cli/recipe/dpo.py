@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from align_cli.recipe.online import Generation, guard_rules, reward_rules, room_rules
+from align_cli.recipe.online import Generation, room_rules
+from align_cli.recipe.rewards import guard_rules, reward_rules
 from align_cli.recipe.sections import Count, Positive, section
 
 DPO_LOSSES = Literal[

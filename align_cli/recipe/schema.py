@@ -15,17 +15,13 @@ from align_cli.recipe.cai import CaiGeneration, CaiMethod, cai_rules
 from align_cli.recipe.dpo import DpoMethod, SpinMethod, round_rules, spin_rules
 from align_cli.recipe.online import (
     Generation,
-    Gold,
     GrpoMethod,
-    Guard,
     PpoMethod,
-    Rewards,
     RlooMethod,
-    guard_rules,
     online_rules,
-    reward_rules,
 )
 from align_cli.recipe.preferences import KtoMethod, OrpoMethod, SimpoMethod, kto_rules, pair_rules
+from align_cli.recipe.rewards import Gold, Guard, Rewards, guard_rules, reward_rules
 from align_cli.recipe.sections import (
     Count,
     Data,

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from align_cli.model import kind
 from align_cli.model.memory import GIB, Part
-from align_cli.recipe.online import RewardSource
+from align_cli.recipe.rewards import RewardSource
 from align_cli.recipe.sections import Source
 from align_cli.recipe.speaker import Speaker
 from align_cli.run import devices, loops

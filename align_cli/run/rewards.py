@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from align_cli.data.count import Count, of_constitution
 from align_cli.errors import RecipeError
 from align_cli.recipe import constitution
-from align_cli.recipe.online import RewardSource, reward_keys
+from align_cli.recipe.rewards import RewardSource, reward_keys
 from align_cli.run import constitutional
 
 

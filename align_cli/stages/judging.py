@@ -22,7 +22,7 @@ from align_cli.model.endpoint import Endpoint, cost
 from align_cli.model.zero import loading_whole
 from align_cli.recipe import constitution
 from align_cli.recipe.constitution import Constitution, Principle
-from align_cli.recipe.online import RewardSource, reward_keys
+from align_cli.recipe.rewards import RewardSource, reward_keys
 from align_cli.recipe.sections import Model
 from align_cli.stages.job import Job
 from align_cli.stages.kept import Kept

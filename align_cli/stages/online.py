@@ -21,7 +21,7 @@ from align_cli.methods.rollouts import BetweenRollouts, Reward
 from align_cli.methods.sampling import Sampler
 from align_cli.model import function, kind, load, reward
 from align_cli.model.lora import peft_config
-from align_cli.recipe.online import RewardSource, reward_keys
+from align_cli.recipe.rewards import RewardSource, reward_keys
 from align_cli.recipe.schema import OnlineRecipe
 from align_cli.recipe.sections import Data, Model
 from align_cli.stages import training

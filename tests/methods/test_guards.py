@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from align_cli.methods.guards import STATE, Guards
-from align_cli.recipe.online import Guard
+from align_cli.recipe.rewards import Guard
 
 
 class Watched:
