@@ -1,8 +1,8 @@
 """Sampling whose result depends on the row alone: not on its neighbours, not on the rank, not on what ran before.
 
-Every row draws Gumbel noise from a hash of its own seed, the position and the token; the greatest noisy logit is a
-sample of the softmax (Gumbel 1954; Maddison et al., arXiv 1411.0030). So one process and two ranks sample the same
-text, and a resumed run samples what the killed one would have.
+Every row draws one number from a hash of its own seed and the position, and takes the token at which the summed
+probabilities pass it. So one process and two ranks sample the same text, and a resumed run samples what the killed one
+would have.
 
 Shapes: b rows, v vocabulary.
 """
@@ -71,12 +71,17 @@ def _generate(
     settings = {"max_new_tokens": sampler.max_new_tokens, "do_sample": False, "use_cache": True}
     config = GenerationConfig(**settings, eos_token_id=list(ends), pad_token_id=pad, disable_compile=True)
     choose = SeededSampling(seeds, temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k, start=p)
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([] if sampler.greedy else [choose]),
-    )[:, p:].tolist()
+    # the last token's state is a strided view, for which torch on a CPU copies the head's weights once a row
+    whole = model.get_output_embeddings().register_forward_pre_hook(lambda head, given: (given[0].contiguous(),))
+    try:
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([] if sampler.greedy else [choose]),
+        )[:, p:].tolist()
+    finally:
+        whole.remove()
     cut = [next((at + 1 for at, token in enumerate(row) if token in ends), len(row)) for row in made]
     return [row[:end] for row, end in zip(made, cut, strict=True)]
 
@@ -89,12 +94,10 @@ def row_seed(*parts: int) -> int:
     return state
 
 
-def uniform(seeds: Tensor, position: int, v: int) -> Tensor:
-    """(b, v) numbers in (0, 1), the same on every device: a hash of seed (b,), position and token."""
-    tokens = torch.arange(v, device=seeds.device)
-    state = _mixed((seeds + position * 0x85EBCA6B) & WORD).unsqueeze(1)
-    bits = _mixed(_mixed((state ^ (tokens * 0x9E3779B1)) & WORD))
-    return ((bits >> 8).float() + 0.5) / 2**24
+def uniform(seeds: Tensor, position: int) -> Tensor:
+    """(b,) float64 numbers in (0, 1), the same on every device: a hash of seed (b,) and position."""
+    bits = _mixed(_mixed((seeds + position * 0x85EBCA6B) & WORD))
+    return (bits.double() + 0.5) / 2**32
 
 
 def _mixed(bits: Tensor) -> Tensor:
@@ -118,9 +121,12 @@ class SeededSampling(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(b, v) logits -> (b, v) noisy logits, whose argmax is the sample."""
+        """(b, v) logits -> (b, v) with 0 at the sample and -∞ elsewhere."""
         scores = scores.float() / self.temperature
         for warper in self.warpers:
             scores = warper(input_ids, scores)
-        noise = uniform(self.seeds.to(scores.device), input_ids.shape[1] - self.start, scores.shape[1])
-        return scores - (-noise.log()).log().to(scores.dtype)
+        summed = scores.softmax(1).double().cumsum(1)
+        drawn = uniform(self.seeds.to(scores.device), input_ids.shape[1] - self.start)
+        # the first sum above it, so that what has no probability is never taken
+        sample = torch.searchsorted(summed, drawn.unsqueeze(1) * summed[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, sample, 0.0)

@@ -79,6 +79,11 @@ def _stage(stage: str, path: str, text: str) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     elif ranks > 1:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if not torch.cuda.is_available():
+        from align_cli.model import attention, head
+
+        head.put_in_place()
+        attention.put_in_place()
     started, made = manifest.now(), batch.arithmetic(stage, recipe, ranks)
     job = Job(
         recipe=recipe,
