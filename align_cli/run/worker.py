@@ -18,7 +18,7 @@ from align_cli.errors import AlignError
 from align_cli.model import function
 from align_cli.model.zero import deepspeed_config
 from align_cli.recipe.check import from_tree, to_tree
-from align_cli.run import batch, footprint, launch, manifest, preflight, prepare, rewards
+from align_cli.run import batch, footprint, heap, launch, manifest, preflight, prepare, rewards
 from align_cli.run.directory import RunDirectory
 
 
@@ -84,6 +84,7 @@ def _stage(stage: str, path: str, text: str) -> int:
 
         head.put_in_place()
         attention.put_in_place()
+        heap.keep_freed()
     started, made = manifest.now(), batch.arithmetic(stage, recipe, ranks)
     job = Job(
         recipe=recipe,
