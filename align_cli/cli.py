@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -308,4 +309,12 @@ def recipes_copy(
 
 def main() -> None:
     """The console script."""
-    app(prog_name="align")
+    try:
+        app(prog_name="align")
+    except SystemExit as end:
+        if "RANK" not in os.environ:
+            raise
+        # one of several ranks: threads that libraries left behind would abort the interpreter's own way out
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1 if end.code else 0)

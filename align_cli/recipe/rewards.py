@@ -147,7 +147,7 @@ def guard_rules(guards: list[Guard], gold: Any) -> Iterator[tuple[str, str]]:
 
 def reward_keys(count: int) -> list[str]:
     """What so many rewards are called in messages."""
-    return [f"reward[{at}]" for at in range(count)] if count > 1 else ["reward"]
+    return [f"reward[{at}]" for at in range(count)] if count > 1 else ["reward"][:count]
 
 
 def reward_rules(rewards: list[RewardSource], *, rounds: bool = False) -> Iterator[tuple[str, str]]:

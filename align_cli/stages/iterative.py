@@ -123,11 +123,8 @@ class IterativeDpo(Rounds):
         count = Count(str(part.run.path / "pairs.jsonl"), rows_read=len(groups), rows_used=len(groups))
         rows, kept = [], []
         for group, row in zip(groups, found, strict=True):
-            draw = row_seed(part.recipe.seed, number, row["row"])
-            may_win = row["ended"] if method.missing_eos is not None else [True] * method.k
-            chosen = picked(row["ids"], row["scores"], may_win, how=method.pairs, min_gap=method.min_gap, draw=draw)
+            chosen, why = self._chosen(row, number)
             if not chosen:
-                why = "no answer ended" if not any(may_win) else "scores that differ too little"
                 count.lose(group.place, Dropped(why, group.prompt[-1]["content"]))
             ids = chat.prompt_ids(self.tokenizer, group.prompt)
             for w, l in chosen:  # noqa: E741
@@ -148,6 +145,20 @@ class IterativeDpo(Rounds):
         shown = ", ".join(f"{name} {figures[name]:.4g}" for name in ("reward", "kl", "response_length", "eos_rate"))
         part.say(f"round {number}: {len(rows)} pairs of {len(groups)} prompts; {shown}")
         return Sampled(rows, figures, count, self.held_out, judging.usage(part))
+
+    def _chosen(self, row: Row, number: int) -> tuple[list[tuple[int, int]], str]:
+        """(better, worse) answers of a prompt, and why there are none. An answer that says nothing is in no pair, which
+        other stages would refuse."""
+        method, draw = self.job.recipe.method, row_seed(self.job.recipe.seed, number, row["row"])
+        said = [at for at, text in enumerate(row["responses"]) if text.strip()]
+        ids, scores, ended = ([row[name][at] for at in said] for name in ("ids", "scores", "ended"))
+        may_win = ended if method.missing_eos is not None else [True] * len(said)
+        chosen = picked(ids, scores, may_win, how=method.pairs, min_gap=method.min_gap, draw=draw)
+        if len(said) < 2:
+            why = "answers that are empty"
+        else:
+            why = "no answer ended" if not any(may_win) else "scores that differ too little"
+        return [(said[w], said[l]) for w, l in chosen], why  # noqa: E741
 
     def before(self, number: int, figures: dict[str, float]) -> bool:
         """The guards, on answers of the policy as the round found it."""

@@ -11,7 +11,7 @@ RECIPE = """name: {name}
 model: {{ path: models/tiny }}
 reward: {{ judge: {judge}, principles: [{principles}] }}
 data: {{ train: prompts.jsonl, max_length: 96, batch_size: 8 }}
-generation: {{ max_new_tokens: 8, batch: 16 }}
+generation: {{ max_new_tokens: 32, batch: 16 }}
 method: {{ rounds: 1, prompts: 12, k: 3, missing_eos: null }}
 trainer: {{ learning_rate: 1.0e-3, max_steps: 2, per_device_train_batch_size: 8, bf16: false }}
 """

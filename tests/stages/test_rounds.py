@@ -17,7 +17,7 @@ reward: { path: runs/t/rm }
 data: { train: prompts.jsonl, eval: dpo.jsonl, max_length: 96, batch_size: 8 }
 generation: { max_new_tokens: 12, batch: 32 }
 method: { rounds: 2, k: 4, missing_eos: null }
-trainer: { learning_rate: 1.0e-3, max_steps: 4, per_device_train_batch_size: 8, logging_steps: 1 }
+trainer: { learning_rate: 1.0e-3, max_steps: 8, per_device_train_batch_size: 8, logging_steps: 1 }
 samples: [name colours 3]
 """
 SPIN = """name: t
@@ -78,7 +78,7 @@ def test_every_round_is_a_run_with_its_pairs(run):
     stage, path, _ = run
     for name in FOLDERS[stage]:
         made, pairs = project.manifest(path / name), rows(path / name / "pairs.jsonl")
-        assert made["status"] == "complete" and made["metrics"]["steps"] == (4 if stage == "dpo" else 3)
+        assert made["status"] == "complete" and made["metrics"]["steps"] == (8 if stage == "dpo" else 3)
         assert {"prompt", "chosen", "rejected"} <= set(pairs[0]) and pairs[0]["chosen"] != pairs[0]["rejected"]
         assert project.weights(path / name)
     first, last = (path / name for name in FOLDERS[stage])
@@ -127,10 +127,15 @@ def test_rounds_of_dpo_answer_fresh_prompts_and_keep_the_scores(run):
     ]
     assert [len(set(asked)) for asked in answered] == [32, 32] and not set(answered[0]) & set(answered[1])
     for name in FOLDERS[stage]:
-        scores = {row["prompt"][0]["content"]: row["scores"] for row in rows(path / name / "responses.jsonl")}
+        said = {  # of the answers that say something
+            row["prompt"][0]["content"]: [
+                s for s, text in zip(row["scores"], row["responses"], strict=True) if text.strip()
+            ]
+            for row in rows(path / name / "responses.jsonl")
+        }
+        scores = {prompt: (max(each), min(each)) for prompt, each in said.items() if each}
         for pair in rows(path / name / "pairs.jsonl"):
-            mine = scores[pair["prompt"][0]["content"]]
-            assert (pair["score_chosen"], pair["score_rejected"]) == (max(mine), min(mine))
+            assert (pair["score_chosen"], pair["score_rejected"]) == scores[pair["prompt"][0]["content"]]
     first, second = (project.manifest(path / name)["sampled"] for name in FOLDERS[stage])
     assert first["kl"] == 0 and second["kl"] > 0 and second["reward"] > first["reward"]
     (said,) = rows(path / "samples.jsonl")
@@ -272,7 +277,8 @@ def test_spin_stops_when_replies_cannot_be_told_apart(folder):
     tokenizer.save_pretrained(folder / "models/fluent")
     prompts = [chat.prompt_ids(tokenizer, ask) for ask in asks]
     ends = chat.generation_ends(tokenizer)
-    drawn = respond(model, prompts, list(range(160)), sampler=Sampler(12), ends=ends, pad=tokenizer.pad_token_id)
+    seeds = list(range(1000, 1160))
+    drawn = respond(model, prompts, seeds, sampler=Sampler(40), ends=ends, pad=tokenizer.pad_token_id)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
     own = [
         {"messages": [*ask, {"role": "assistant", "content": text}]}
@@ -281,7 +287,9 @@ def test_spin_stops_when_replies_cannot_be_told_apart(folder):
     ]
     assert len(own) > 140
     project.write_rows(folder / "own.jsonl", own)
+    # replies that are cut off would be told from those that end
     words = ("model.path=models/fluent", "data.train=own.jsonl", "data.eval=0.4", "data.drop_empty=true")
+    words += ("generation.max_new_tokens=40",)
     said = project.ok("spin", "recipe=t.yaml", "name=alike", *words, "method.learning_rate=1e-4", cwd=folder)
     made = project.manifest(folder / "runs/alike/spin")
     assert "can no longer be told apart" in said and made["stopped_when_alike"].startswith("iteration 0")
