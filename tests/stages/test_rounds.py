@@ -17,7 +17,7 @@ reward: { path: runs/t/rm }
 data: { train: prompts.jsonl, eval: dpo.jsonl, max_length: 96, batch_size: 8 }
 generation: { max_new_tokens: 12, batch: 32 }
 method: { rounds: 2, k: 4, missing_eos: null }
-trainer: { learning_rate: 1.0e-3, max_steps: 8, per_device_train_batch_size: 8, logging_steps: 1 }
+trainer: { learning_rate: 3.0e-3, max_steps: 16, per_device_train_batch_size: 8, logging_steps: 1 }
 samples: [name colours 3]
 """
 SPIN = """name: t
@@ -78,7 +78,7 @@ def test_every_round_is_a_run_with_its_pairs(run):
     stage, path, _ = run
     for name in FOLDERS[stage]:
         made, pairs = project.manifest(path / name), rows(path / name / "pairs.jsonl")
-        assert made["status"] == "complete" and made["metrics"]["steps"] == (8 if stage == "dpo" else 3)
+        assert made["status"] == "complete" and made["metrics"]["steps"] == (16 if stage == "dpo" else 3)
         assert {"prompt", "chosen", "rejected"} <= set(pairs[0]) and pairs[0]["chosen"] != pairs[0]["rejected"]
         assert project.weights(path / name)
     first, last = (path / name for name in FOLDERS[stage])
