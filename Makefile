@@ -25,7 +25,7 @@ model: $(MODEL)/model.safetensors ## SmolLM2-135M-Instruct as a model directory,
 $(MODEL)/model.safetensors: | $(READY)
 	$(BIN)/python scripts/demo_model.py $(MODEL)
 
-demo: setup model ## SFT, reward model, DPO, PPO, RLOO on a real 135M model, and what changed
+demo: setup model ## SFT, reward model, DPO, PPO, RLOO on a real 135M model, and what changed (about 15 minutes on 2 cores)
 	$(BIN)/align sft recipe=demo.yaml
 	$(BIN)/align rm recipe=demo.yaml
 	$(BIN)/align dpo recipe=demo.yaml
@@ -33,7 +33,7 @@ demo: setup model ## SFT, reward model, DPO, PPO, RLOO on a real 135M model, and
 	$(BIN)/align rloo recipe=demo.yaml
 	$(BIN)/python scripts/demo_table.py
 
-demo-methods: setup model ## the preference methods from one start, in one table
+demo-methods: setup model ## the preference methods from one start, in one table (about 13 minutes more)
 	$(BIN)/align sft recipe=demo.yaml
 	$(BIN)/align dpo recipe=demo.yaml
 	$(BIN)/align orpo recipe=demo.yaml
@@ -44,7 +44,7 @@ demo-methods: setup model ## the preference methods from one start, in one table
 	$(BIN)/align dpo recipe=online-demo.yaml
 	$(BIN)/python scripts/methods_table.py
 
-demo-cai: setup model ## Constitutional AI on the same model: revisions, labels, DPO on them (about 8 minutes on 2 cores)
+demo-cai: setup model ## Constitutional AI on the same model: revisions, labels, DPO on them (about 5 minutes on 2 cores)
 	$(BIN)/align sft recipe=reviser.yaml
 	$(BIN)/align cai recipe=demo.yaml
 	$(BIN)/align dpo recipe=cai.yaml

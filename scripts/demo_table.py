@@ -2,10 +2,13 @@
 
     python scripts/demo_table.py
 
-Reads samples.jsonl, metrics.jsonl and manifest.json of the runs below runs/demo; nothing is generated here.
+Reads samples.jsonl, metrics.jsonl and manifest.json of the runs below runs/demo; nothing is generated here. The demo's
+reward model scores the answers.
 """
 
 import json
+import statistics
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -49,14 +52,42 @@ def main() -> None:
         f"DPO on held-out pairs: accuracy {metrics['eval_rewards/accuracies']:.2f}, "
         f"margin {metrics['eval_rewards/margins']:.2f} (0 before it began)"
     )
+    show_scores(console, [row["prompt"] for row in sft], stages)
     for stage in finished[1:]:
         rows = [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if "reward" in row]
         ended = _manifest(stage).get("stopped_by_guard")
         console.print(
-            f"{stage.upper()}: mean reward of a rollout {rows[0]['reward']:.2f} → {rows[-1]['reward']:.2f} at "
-            f"{rows[-1]['kl']:.1f} nats from the SFT model{f'; ended at {ended}' if ended else ''}"
+            f"{stage.upper()}: {len(rows)} rollouts, {rows[-1]['kl']:.1f} nats from the SFT model in the last"
+            f"{f'; ended at {ended}' if ended else ''}"
         )
+
+
+def show_scores(console: Console, prompts: list[str], stages: dict[str, list[str]]) -> None:
+    """What the demo's reward model gives the answers, against those of the SFT model to the same prompts."""
+    from align_cli.evaluate import score
+    from align_cli.run import launch
+
+    launch.quiet_environment()
+    with tempfile.TemporaryDirectory() as folder:
+        asked, out = Path(folder) / "answers.jsonl", Path(folder) / "scores.jsonl"
+        rows = [
+            {"prompt": prompt, "completion": text.strip() or "…"}
+            for column in stages.values()
+            for prompt, text in zip(prompts, column, strict=True)
+        ]
+        asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        score.run(str(RUNS / "rm"), [f"data={asked}", f"out={out}"], lambda line: None)
+        found = [json.loads(line)["scores"][0] for line in out.read_text(encoding="utf-8").splitlines()]
+    each = {name: found[n * len(prompts) :][: len(prompts)] for n, name in enumerate(stages)}
+    base = each["after SFT"]
+    shown = []
+    for name, column in each.items():
+        apart = [mine - theirs for mine, theirs in zip(column, base, strict=True)]
+        error = statistics.stdev(apart) / len(apart) ** 0.5
+        against = "" if column is base else f" ({statistics.fmean(apart):+.2f} ± {error:.2f})"
+        shown.append(f"{name} {statistics.fmean(column):.2f}{against}")
+    console.print("RM's mean score of these answers, and against SFT's: " + ", ".join(shown))
 
 
 def show_answers(console: Console, prompts: list[str], labels: list[str], stages: dict[str, list[str]]) -> None:

@@ -221,6 +221,38 @@ def test_kill_9_at_any_phase_and_the_same_command_end_with_the_same_files(calm, 
     assert all(torch.equal(tensor, whole[name]) for name, tensor in project.weights(run).items())
 
 
+def test_kill_9_while_pairs_are_sampled(calm, folder):
+    words = ["cai", "recipe=t", "method.phases=[pairs,preferences]", "method.rows=runs/calm/cai"]
+    words += ["method.pairs=sampled", "generation.temperature=1"]
+    project.ok(*words, "name=drawn", cwd=folder)
+    run = folder / "runs/torn/cai"
+    process = project.start(*words, "name=torn", cwd=folder)
+    until(lambda: lines(run / ".pairs.part-0.jsonl") >= 4, process)
+    process.kill()
+    process.communicate()
+    assert not (run / "pairs.jsonl").exists()
+    assert "pairs: " in project.ok(*words, "name=torn", cwd=folder)
+    for name in ("pairs.jsonl", "preferences.jsonl", "left_out.jsonl"):
+        assert (run / name).read_bytes() == (folder / "runs/drawn/cai" / name).read_bytes(), name
+    assert len({row["row"] for row in rows(run, "pairs")}) == len(rows(run, "pairs")) == 16
+
+
+def test_refusals_of_harmless_prompts_can_be_left_out_of_training(calm, folder):
+    made = [json.loads(line) for line in (calm[0] / "revisions.jsonl").read_text().splitlines()]
+    refusal = "I'm sorry, but I can't help with that."
+    for row in made[:2] + made[-2:]:  # two of either kind, in their last revision
+        row["revision"] = row["chain"][-1]["revision"] = refusal
+        row["chain"][-1]["revision_flag"] = ""
+    (folder / "mended").mkdir()
+    project.write_rows(folder / "mended/revisions.jsonl", made)
+    assert [row["kind"] for row in made[:2] + made[-2:]] == ["red-team"] * 2 + ["harmless"] * 2
+    words = ["cai", "recipe=t", "name=kept", "method.phases=[train]", "method.rows=mended", "trainer.max_steps=1"]
+    said = project.ok(*words, "method.drop_refusals=true", cwd=folder)
+    assert "2 revisions refuse a harmless prompt and are not trained on" in said
+    trained = (folder / "runs/kept/cai/demonstrations.jsonl").read_text()
+    assert trained.count(refusal) == 2
+
+
 def test_two_ranks_give_the_rows_of_one_process(calm, folder):
     project.ok("cai", "recipe=t", "name=two", "launch.num_gpus=2", "zero=zero2", cwd=folder)
     for name in MADE:
@@ -314,6 +346,15 @@ def test_an_endpoint_that_fails_on_the_way_loses_nothing(server, folder):
     assert {order["p"] for row in rows(run, "preferences") for order in row["orders"]} <= {0.0, 1.0}
     for file in (file for file in folder.rglob("*") if file.is_file() and file.stat().st_size < 1 << 20):
         assert api.KEY.encode() not in file.read_bytes(), file
+
+
+def test_an_endpoint_that_cannot_be_reached_is_one_line_before_anything_is_made(server, folder):
+    words = [word.replace(server.address, "http://127.0.0.1:1/v1") for word in served(server, "gone")]
+    done = project.align(*words, cwd=folder, env=os.environ | {"THE_KEY": api.KEY})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["writer.endpoint", "feedback.endpoint"]
+    assert "cannot be reached (Connection refused)" in done.stderr
+    assert not (folder / "runs/gone").exists()
 
 
 def test_a_wrong_key_and_a_key_that_is_not_set_are_one_line(server, folder):
