@@ -84,6 +84,7 @@ def test_the_command_line_imports_nothing_heavy():
             "__future__",
             "contextlib",
             "functools",
+            "os",
             "sys",
             "collections",
             "typing",
