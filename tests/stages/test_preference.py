@@ -104,7 +104,13 @@ def test_under_lora_the_reference_is_the_policy_with_its_adapter_off(folder):
 
 @pytest.mark.parametrize(
     ("stage", "zero"),
-    [("orpo", "zero3"), *(pytest.param(*case, marks=SLOW) for case in (("simpo", "zero2"), ("orpo", "none")))],
+    [
+        ("orpo", "zero3"),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (("orpo", "zero2"), ("simpo", "zero2"), ("simpo", "zero3"), ("orpo", "none"))
+        ),
+    ],
 )
 def test_two_ranks_are_one_process(folder, runs, stage, zero):
     words = ["launch.num_gpus=2", f"zero={zero}", "trainer.max_steps=4", "samples=null"]
