@@ -66,5 +66,5 @@ def _masked(scores: Tensor, mask: Tensor | None, module: Any, is_causal: bool | 
         # sdpa aligns the diagonal at the upper left
         return scores.masked_fill(~torch.ones(q, t, dtype=torch.bool).tril(), low)
     mask = mask[..., : scores.shape[-1]]
-    mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.view(*scores.shape)
+    mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.reshape(scores.shape)
     return scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)

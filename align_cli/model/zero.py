@@ -89,7 +89,8 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading_whole() -> Iterator[None]:
-    """Within, models that are loaded are whole on every rank."""
+    """Within, models that are loaded are whole on every rank. For those that only score: `generate` waits for the other
+    ranks as long as stage 3 is announced."""
     from transformers.integrations import deepspeed
 
     sharding = deepspeed._hf_deepspeed_config_weak_ref
@@ -101,8 +102,8 @@ def loading_whole() -> Iterator[None]:
 
 
 def load_whole_from_now_on() -> None:
-    """Let models that are loaded from here on be whole on every rank: training arguments with stage 3 make
-    transformers shard each one while it loads."""
+    """Let models that are loaded from here on be whole on every rank, and generate alone: training arguments with stage
+    3 make transformers shard each one while it loads."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

@@ -68,7 +68,10 @@ class RewardSource:
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"and {' and '.join(given[1:])} both say" if given else "or verify, python or judge must say"
-            yield given[0] if given else "path", f"{found} where the reward comes from; give one of them"
+            yield (
+                given[0] if given else "path",
+                f"{found} where the reward comes from; give one of them, and null for any other",
+            )
         if self.verify is not None:
             yield from self.verify.rules()
         if self.judge is not None:

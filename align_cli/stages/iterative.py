@@ -49,7 +49,7 @@ class IterativeDpo(Rounds):
     def __init__(self, job: Job):
         super().__init__(job)
         recipe: DpoRecipe = job.recipe
-        judging.probe(job)
+        judging.probe_judges(job)
         self.counts += map(of_constitution, judging.laws(recipe))
         self.numbers = range(1, recipe.method.rounds + 1)
         self.prompts = self._prompts()

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from align_cli.errors import AlignError, raise_all
 from align_cli.methods import feedback
-from align_cli.model.endpoint import Endpoint, cost
+from align_cli.model.endpoint import cost
 from align_cli.model.zero import loading_whole
 from align_cli.recipe import constitution
 from align_cli.recipe.constitution import Constitution, Principle
@@ -27,7 +26,7 @@ from align_cli.recipe.sections import Model
 from align_cli.stages.job import Job
 from align_cli.stages.kept import Kept
 from align_cli.stages.labelling import useless
-from align_cli.stages.speakers import Local, Remote
+from align_cli.stages.speakers import Local, Remote, probe
 
 
 class Judging:
@@ -96,16 +95,9 @@ def judged(recipe: Any) -> list[tuple[str, RewardSource]]:
     return [(key, one) for one, key in zip(rewards, reward_keys(len(rewards)), strict=True) if one.judge is not None]
 
 
-def probe(job: Job) -> None:
-    """Raise AlignError on every rank if a judge's endpoint cannot be reached or refuses its key."""
-    lines: list[str] = []
-    for key, one in judged(job.recipe) if job.main else ():
-        if one.judge.endpoint:
-            try:
-                Endpoint(one.judge, f"{key}.judge").probe()
-            except AlignError as error:
-                lines += error.lines
-    raise_all(AlignError, Kept(job).share(lines))
+def probe_judges(job: Job) -> None:
+    """As `speakers.probe`, for the judges of a recipe."""
+    probe(Kept(job), [(f"{key}.judge", one.judge) for key, one in judged(job.recipe)])
 
 
 def laws(recipe: Any) -> list[Constitution]:

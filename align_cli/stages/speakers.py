@@ -161,6 +161,19 @@ class Remote:
         return None if letter is None else (0.0, -1e4) if letter == "A" else (-1e4, 0.0)
 
 
+def probe(kept: Kept, named: Sequence[tuple[str, Speaker]]) -> None:
+    """Raise AlignError on every rank if an endpoint cannot be reached or refuses its key, before any weights are read.
+    `named` are speakers with the keys of the recipe that name them."""
+    lines: list[str] = []
+    for key, speaker in named if kept.job.main else ():
+        if speaker.endpoint:
+            try:
+                Endpoint(speaker, key).probe()
+            except AlignError as error:
+                lines += error.lines
+    raise_all(AlignError, kept.share(lines))
+
+
 class Speakers:
     """Who writes, who answers the pairs and who judges, each loaded when it is first needed."""
 
@@ -169,16 +182,9 @@ class Speakers:
         self.held: dict[str, Local | Remote] = {}
 
     def probe(self) -> None:
-        """Raise AlignError if an endpoint cannot be reached or refuses its key, before any weights are read."""
-        lines: list[str] = []
-        for key in ("writer", "feedback") if self.job.main else ():
-            speaker = getattr(self.job.recipe, key)
-            if speaker is not None and speaker.endpoint:
-                try:
-                    Endpoint(speaker, key).probe()
-                except AlignError as error:
-                    lines += error.lines
-        raise_all(AlignError, self.kept.share(lines))
+        """As `probe`, for writer and judge."""
+        named = [(key, getattr(self.job.recipe, key)) for key in ("writer", "feedback")]
+        probe(self.kept, [(key, speaker) for key, speaker in named if speaker is not None])
 
     @property
     def writer(self) -> Local | Remote:
