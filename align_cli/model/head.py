@@ -1,9 +1,9 @@
 """The language-model head on a CPU: log-probabilities of chosen tokens, at the price of their logits alone.
 
 TRL's fused head keeps no logits. Without Triton it goes over every position, prompts too, and multiplies in float32 on
-the way back. Here the positions asked for are scored, in the precision of the pass: a response as long as its prompt
-costs a fifth (384 tokens of a vocabulary of 49152, bfloat16, torch 2.13, 2 cores: 150 ms against 370 ms for as many
-positions, and twice that with the prompt's).
+the way back. Here the positions asked for are scored, in the precision of the pass. Forward and backward of 8 responses
+of 48 tokens after prompts of about as many, profiled: 0.93 s by TRL's, 0.26 s by ours (SmolLM2-135M, LoRA, bfloat16,
+torch 2.13, 2 cores).
 
 Shapes: m tokens, d hidden size, v vocabulary.
 """
