@@ -16,6 +16,7 @@ MAY = {
     "cli": {"recipe", "run", "evaluate", "report", "model"},
     "errors": set(),
     "recipe": set(),
+    "compat": set(),
     "data": set(),
     "model": set(),
     "methods": {"data", "model"},
@@ -27,6 +28,7 @@ MAY = {
 }
 FREE = {
     "errors",
+    "compat",
     "recipe.schema",
     "recipe.sections",
     "recipe.online",

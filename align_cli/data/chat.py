@@ -1,7 +1,7 @@
 """Groups -> tokens, through the tokenizer's chat template: what the model sees, and which tokens are trained.
 
-The whole conversation is rendered and tokenized once, exactly as `apply_chat_template` does it, and the rendered text
-tells where each assistant turn begins and ends. A turn ends with its end-of-turn token, which is trained; what a
+The whole conversation is rendered and tokenized once, exactly as `apply_chat_template` does it, and `spans` finds where
+each assistant turn's response stands in the text. A turn ends with its end-of-turn token, which is trained; what a
 template puts after it (a newline, mostly) belongs to the next turn and is not. Where a template closes a turn with no
 token at all, EOS is added to the last one, or the model would never learn to stop.
 
@@ -10,20 +10,23 @@ Shapes: t tokens of one conversation.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from align_cli.data.groups import Group, Message, preference_pairs
+from align_cli.data import spans, template
+from align_cli.data.groups import Group, preference_pairs
+from align_cli.data.template import Message, Tools, Unrenderable
 from align_cli.data.turns import Dropped
+
+__all__ = ["IGNORED", "Tally", "Turns", "Unrenderable", "conversation", "dpo_rows", "encoded", "fitting"]
+__all__ += ["generation_ends", "prompt_ids", "render", "responses", "sft_rows"]
 
 IGNORED = -100
 """Label of a token that is not trained."""
-
-
-class Unrenderable(Exception):
-    """A conversation that the template refuses or renders so that its turns cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Tally:
     """Reason -> groups."""
     first: dict[str, str] = field(default_factory=dict)
     """Reason -> place of the first such group."""
+    notes: Counter = field(default_factory=Counter)
+    """What the user should know -> rows (responses, where several are compared) that it holds for."""
     lost: set[tuple[int, str]] = field(default_factory=set, repr=False)
 
     def drop(self, group: Group, reason: str) -> None:
@@ -63,83 +68,88 @@ class Tally:
             group.count.lose(group.place, Dropped(reason, group.prompt[-1]["content"]))
 
 
-def render(tokenizer: Any, messages: list[Message], *, prompt: bool = False) -> str:
+def render(tokenizer: Any, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
     """The conversation as the template writes it; with `prompt`, up to where the assistant is to answer.
 
     Raises Unrenderable with the template's own complaint.
     """
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # jinja's TemplateError and whatever a template raises by itself
-        raise Unrenderable(f"the template refuses it ({str(error).splitlines()[0]})") from None
+    return template.of(tokenizer).render(messages, prompt=prompt, tools=tools)
 
 
-def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: list[Message], tools: Tools = None) -> list[int]:
     """Token ids of a prompt, up to where the assistant is to answer. Raises Unrenderable."""
-    return tokenizer(render(tokenizer, prompt, prompt=True), add_special_tokens=False)["input_ids"]
+    return encoded(tokenizer, render(tokenizer, prompt, prompt=True, tools=tools))[0]
 
 
 def end_tokens(tokenizer: Any) -> set[int]:
-    """Ids that can end a turn: every special token but BOS-only markers."""
+    """Ids that can end a turn: every special token and EOS."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special | {tokenizer.eos_token_id}
+    return special | ({tokenizer.eos_token_id} - {None})
 
 
 def generation_ends(tokenizer: Any) -> list[int]:
-    """Ids at which sampling stops: EOS and the token with which the template closes an assistant's turn."""
-    turns = conversation(tokenizer, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
-    last = turns.ids[max(index for index, on in enumerate(turns.trained) if on)]
-    return sorted({tokenizer.eos_token_id, last})
+    """Ids at which sampling stops: EOS and the token with which the template closes an assistant's turn.
+
+    A template that wants a system turn is given one. Raises Unrenderable where no turn can be rendered.
+    """
+    try:
+        end = spans.ending(template.of(tokenizer))
+    except Unrenderable:
+        end = spans.ending(template.of(tokenizer), [{"role": "system", "content": "s"}])
+    ends = {tokenizer.eos_token_id} | ({tokenizer.convert_tokens_to_ids(end)} if end else set())
+    return sorted(ends - {None})
 
 
 def conversation(
-    tokenizer: Any, prompt: list[Message], response: list[Message], *, last_turn_only: bool = False
+    tokenizer: Any,
+    prompt: list[Message],
+    response: list[Message],
+    *,
+    last_turn_only: bool = False,
+    tools: Tools = None,
+    notes: Counter | None = None,
 ) -> Turns:
-    """A prompt and its response as tokens, with every assistant turn of the response trained (or only the last).
+    """A prompt and its response as tokens, with every assistant turn of the response trained (or only the last) that
+    is not marked `train: False`. What the user should know about the row is counted into `notes`.
 
+    The sequence ends with the token that closes the last turn, or with EOS where the template closes it with none.
     Raises Unrenderable.
     """
     messages = [*prompt, *response]
-    whole = render(tokenizer, messages)
-    spans = []
-    for index in range(len(prompt), len(messages)):
-        if messages[index]["role"] != "assistant" or (last_turn_only and index < len(messages) - 1):
-            continue
-        before = render(tokenizer, messages[:index], prompt=True)
-        # a generation prompt may hold more than the template keeps of it, such as an opened thinking block
-        start = len(before) if whole.startswith(before) else _common(before, whole)
-        stop = len(whole) if index == len(messages) - 1 else len(render(tokenizer, messages[: index + 1]))
-        content = messages[index]["content"].strip()
-        if content and content not in whole[start:stop]:
-            raise Unrenderable("the template renders a turn so that it cannot be found again")
-        spans.append((start, stop))
-    ids, offsets = _tokenize(tokenizer, whole)
-    trained = [False] * len(ids)
-    ends = end_tokens(tokenizer)
-    for number, (start, stop) in enumerate(spans):
-        inside = [i for i, (left, right) in enumerate(offsets) if right > start and left < stop and right > left]
-        closing = next((i for i in reversed(inside) if whole[offsets[i][0] : offsets[i][1]].strip()), None)
-        if closing is None:
-            continue
-        closed = ids[closing] in ends
-        for i in inside:
-            trained[i] = i <= closing if closed else True
-        if number == len(spans) - 1 and stop == len(whole):
-            last = closing if closed else inside[-1]
-            # what follows the end of the last turn is never generated, so it is not part of the sequence
-            ids, trained = ids[: last + 1], trained[: last + 1]
-            if not closed:
-                ids, trained = [*ids, tokenizer.eos_token_id], [*trained, True]
+    turns = [at for at in range(len(prompt), len(messages)) if messages[at]["role"] == "assistant"]
+    if last_turn_only:
+        turns = turns[-1:]
+    turns = [at for at in turns if messages[at].get("train", True)] or turns[-1:]
+    found = spans.find(template.of(tokenizer), messages, turns, tools)
+    if notes is not None:
+        notes.update(found.notes)
+    last = found.spans[-1]
+    text = found.text[: last.stop]
+    ids, offsets = _split_at(tokenizer, text, [span.start for span in found.spans])
+    trained, at = [False] * len(ids), 0
+    for span in found.spans:
+        while at < len(ids) and offsets[at][0] < span.start:
+            at += 1
+        while at < len(ids) and offsets[at][0] < span.stop:
+            trained[at] = offsets[at][1] > offsets[at][0] and offsets[at][1] <= span.stop
+            at += 1
+    if not last.closed:
+        ids, trained = [*ids, tokenizer.eos_token_id], [*trained, True]
     return Turns(ids, trained)
 
 
-def responses(tokenizer: Any, group: Group) -> tuple[list[int], list[list[int]]]:
+def responses(tokenizer: Any, group: Group, notes: Counter | None = None) -> tuple[list[int], list[list[int]]]:
     """Token ids of a group's prompt, once, and of each of its K responses.
 
     The prompt ends where the tokens of prompt and response part from it, so that every response continues the same
     ids. Raises Unrenderable.
     """
-    turns = [conversation(tokenizer, group.prompt, response, last_turn_only=True) for response in group.responses]
+    turns = [
+        conversation(
+            tokenizer, group.prompt, response, last_turn_only=True, tools=getattr(group, "tools", None), notes=notes
+        )
+        for response in group.responses
+    ]
     starts = [turn.trained.index(True) if True in turn.trained else len(turn.ids) for turn in turns]
     start = min(starts)
     while start and any(turn.ids[:start] != turns[0].ids[:start] for turn in turns):
@@ -153,7 +163,14 @@ def sft_rows(
     """`input_ids` and `labels` of each group's first response; counts what is cut or dropped into `tally`."""
     for group in groups:
         try:
-            turns = conversation(tokenizer, group.prompt, group.responses[0], last_turn_only=last_turn_only)
+            turns = conversation(
+                tokenizer,
+                group.prompt,
+                group.responses[0],
+                last_turn_only=last_turn_only,
+                tools=getattr(group, "tools", None),
+                notes=tally.notes,
+            )
         except Unrenderable as error:
             tally.drop(group, str(error))
             continue
@@ -170,7 +187,7 @@ def fitting(
 ) -> tuple[list[int], list[list[int]]] | None:
     """`responses` of a group whose prompt leaves room for one; None, counted, for any other."""
     try:
-        prompt, answers = responses(tokenizer, group)
+        prompt, answers = responses(tokenizer, group, tally.notes)
     except Unrenderable as error:
         tally.drop(group, str(error))
         return None
@@ -207,16 +224,30 @@ def dpo_rows(
             yield {"prompt_ids": prompt, "chosen_ids": cut[better], "rejected_ids": cut[worse]}
 
 
-def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character spans. The template has written BOS and EOS already, so none is added."""
+def encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character spans. The template has written BOS and EOS already, so none is added. Raises Unrenderable."""
     if not tokenizer.is_fast:
         raise Unrenderable("the tokenizer has no fast version, which knows where each token stands in the text")
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    try:
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except (TypeError, UnicodeEncodeError):
+        raise Unrenderable("it holds half of a surrogate pair (a cut emoji), which no tokenizer reads") from None
     return coded["input_ids"], coded["offset_mapping"]
 
 
-def _common(left: str, right: str) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+def _split_at(tokenizer: Any, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `encoded`, with no token that reaches from before a response into it: a model is asked from the tokens that
+    stood before the trained ones, and those end where the response begins."""
+    ids, offsets = encoded(tokenizer, text)
+    crossed = [
+        start for start in starts for at in [bisect(offsets, (start, -1)) - 1] if at >= 0 and offsets[at][1] > start
+    ]
+    if not crossed:
+        return ids, offsets
+    cut_ids, cut_offsets = [], []
+    for start, stop in pairwise([0, *crossed, len(text)]):
+        part, places = encoded(tokenizer, text[start:stop])
+        cut_ids += part
+        cut_offsets += [(left + start, right + start) for left, right in places]
+    # a tokenizer that puts a space before every text would write it into the middle; there the token stays whole
+    return (cut_ids, cut_offsets) if tokenizer.decode(cut_ids) == tokenizer.decode(ids) else (ids, offsets)
