@@ -53,7 +53,8 @@ class Source:
     """Where rows come from."""
 
     path: str
-    """A .json, .jsonl, .csv or .parquet file, a `datasets` directory, or a hub id."""
+    """A .json, .jsonl, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst); a glob of them; a directory
+    that holds them, or that `save_to_disk` wrote; or a hub id."""
     split: str = "train"
     """Split of a hub id or of a `datasets` directory that holds several."""
     weight: Positive = 1.0

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from align_cli.data.load import CHUNK, fingerprint, is_local, read_rows
+from align_cli.data.load import fingerprint, is_local, read_rows
+from align_cli.data.rows import CHUNK
 from align_cli.errors import DataError
 from align_cli.recipe.sections import Source
 
@@ -68,11 +69,11 @@ def test_bytes_that_are_no_utf8_are_placed():
     with open("a.jsonl", "wb") as file:
         file.write(b'{"a": 1}\n{"a": "\xff"}\n')
     _, problems = collected(source("a.jsonl"))
-    assert len(problems) == 1 and problems[0].startswith("a.jsonl:2: not valid JSON in UTF-8")
+    remedy = "save the file as UTF-8, e.g. `iconv -f WINDOWS-1252 -t UTF-8`"
+    assert problems == [f"a.jsonl:2: not UTF-8 (byte 0xff at column 8); {remedy}"]
     with open("a.csv", "wb") as file:
-        file.write(b"a,b\n1,\xff\n")
-    _, problems = collected(source("a.csv"))
-    assert len(problems) == 1 and problems[0].startswith("a.csv: not UTF-8")
+        file.write(b"a,b\n1,\xe9\n2,\xe9\n")
+    assert collected(source("a.csv"))[1] == [f"a.csv:2: not UTF-8 (byte 0xe9 at column 3); {remedy}"]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -138,7 +139,7 @@ def test_csv_records_that_do_not_fit_the_header_are_reported():
     assert [place for place, _ in rows] == ["a.csv:2", "a.csv:5"]
     assert problems == [
         "a.csv:3: 3 cells under 2 columns; quote cells that hold commas",
-        "a.csv:4: 1 cells under 2 columns; quote cells that hold commas",
+        "a.csv:4: 1 cell under 2 columns; quote cells that hold commas",
     ]
     write("b.csv", "a,b,a\n1,2,3\n")
     assert collected(source("b.csv")) == ([], ["b.csv:1: the column 'a' is there twice; rename one"])
@@ -166,9 +167,6 @@ def test_datasets_directories_with_and_without_splits():
     assert list(read_rows(source("plain"))) == [("plain#1", {"prompt": "p"}), ("plain#2", {"prompt": "q"})]
     assert list(read_rows(source("both", split="test"))) == [("both#1", {"prompt": "q"})]
     assert collected(source("both", split="dev"))[1] == ["both: no split 'dev'; set split to one of train, test"]
-    assert collected(source("data"))[1] == [
-        "data: a directory, but none that `save_to_disk` wrote; name a file in it",
-    ]
     os.truncate("plain/state.json", 3)
     assert collected(source("plain"))[1][0].startswith("plain: not a readable datasets directory (")
 
@@ -233,7 +231,7 @@ def test_a_missing_file_names_the_nearest_one():
 def test_a_file_of_another_kind_is_refused():
     write("a.txt", "x")
     assert collected(source("a.txt"))[1] == [
-        "a.txt: cannot read a '.txt' file; convert it to one of .json, .jsonl, .csv, .parquet"
+        "a.txt: cannot read a '.txt' file; convert it to one of .json, .jsonl, .ndjson, .csv, .tsv, .parquet"
     ]
 
 
@@ -295,12 +293,12 @@ def test_fingerprints_follow_bytes_and_names(monkeypatch, tmp_path):
     write("a.jsonl", '{"a": 1}\n')
     assert fingerprint(source("a.jsonl")) == hashlib.sha256(b'{"a": 1}\n').hexdigest()
     (tmp_path / "d").mkdir()
-    write("d/x", "1")
-    write("d/y", "2")
+    write("d/x.jsonl", "1")
+    write("d/y.jsonl", "2")
     before = fingerprint(source("d"))
-    os.rename("d/y", "d/z")
+    os.rename("d/y.jsonl", "d/z.jsonl")
     renamed = fingerprint(source("d"))
-    write("d/z", "3")
+    write("d/z.jsonl", "3")
     assert len({before, renamed, fingerprint(source("d"))}) == 3
 
 

@@ -1,0 +1,245 @@
+"""A source's path -> the files it means, and their fingerprint.
+
+A path is a file, a glob, a directory of shards, or a directory that `save_to_disk` wrote. Of a directory only the files
+of the wanted split are read, found by their names as Hugging Face datasets finds them:
+https://huggingface.co/docs/datasets/repository_structure
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+from align_cli.errors import DataError
+from align_cli.recipe.sections import Source
+
+READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"(\xb5/\xfd"}
+"""Suffix that may follow a readable one -> the bytes such a file begins with."""
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+OTHER_FILES = (*PACKED, *ARCHIVES, ".txt", ".arrow", ".xlsx", ".yaml", ".yml", ".md", ".html", ".pkl")
+"""Suffixes that mark a path as a file of a kind we do not read, where a hub id could also be meant."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> the words that name it, where `-`, `.`, `_`, a space or a digit stands on either side."""
+WORDS = {
+    split: re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?=[-._ 0-9]|$)", re.I) for split, words in SPLITS.items()
+}
+SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
+NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+
+
+@dataclass
+class Found:
+    """What a local path means: files, or in `problem` why they are not read."""
+
+    files: list[Path] = field(default_factory=list)
+    root: Path | None = None
+    """Where the files lie of a directory or a glob; None for a single file."""
+    saved: bool = False
+    """Whether `save_to_disk` wrote the directory."""
+    problem: str = ""
+
+
+def is_local(source: Source) -> bool:
+    """Whether the source is meant to be on this machine; everything else is a hub id."""
+    path = source.path
+    if os.path.exists(os.path.expanduser(path)) or path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
+        return True
+    # `data/pairs` without a suffix is a slip of the pen, not a hub id, where there is a directory data/.
+    return path.lower().endswith(READABLE + OTHER_FILES) or ("/" in path and os.path.isdir(path.split("/")[0]))
+
+
+def files(source: Source) -> list[Path]:
+    """The files that hold the source's rows; none where it is a hub id or nothing can be read."""
+    return find(source).files if is_local(source) else []
+
+
+def find(source: Source) -> Found:
+    """The files of a local source, sorted, or the problem that keeps them from being read."""
+    path = Path(os.path.expanduser(source.path))
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        if glob.has_magic(source.path):
+            return _globbed(source, str(path))
+        if os.path.islink(path):
+            return Found(problem=_dangling(path))
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
+            return Found(problem=_missing(source.path))
+        return Found(problem=f"{source.path}: cannot be read ({error.strerror}); mend the path or its permissions")
+    if stat.S_ISDIR(mode):
+        return _shards(source, path)
+    if not stat.S_ISREG(mode):
+        return Found(problem=f"{source.path}: is a pipe or a device, and rows are read twice; save them to a file")
+    problem = "" if kind(path) in READABLE else f"{source.path}: {unreadable(path)}"
+    return Found([path], problem=problem)
+
+
+def kind(path: Path) -> str:
+    """The suffix that tells how the rows are written, without that of a compression: `.jsonl` of rows.jsonl.gz."""
+    name = path.name.lower()
+    return Path(name.removesuffix(next((suffix for suffix in PACKED if name.endswith(suffix)), ""))).suffix
+
+
+def unreadable(path: Path) -> str:
+    """Why a file of this name is not read, and what to do."""
+    name, suffix = path.name.lower(), path.suffix
+    if name.endswith(ARCHIVES):
+        return f"cannot read a '{suffix}' archive; unpack it and name the files or the directory"
+    if suffix.lower() in PACKED:
+        return f"cannot tell what is compressed in it; name it as what it holds, e.g. {path.stem}.jsonl{suffix}"
+    found = f"cannot read a '{suffix}' file" if suffix else "cannot read a file without a suffix"
+    return f"{found}; convert it to one of {', '.join(READABLE)}"
+
+
+def _globbed(source: Source, pattern: str) -> Found:
+    """The files that a glob matches; those of one split only where the source names another than train."""
+    parts = Path(pattern).parts
+    root = Path(*parts[: next(at for at, part in enumerate(parts) if glob.has_magic(part))])
+    matched = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    rows = [path for path in matched if kind(path) in READABLE]
+    if not rows and matched:
+        return Found(problem=f"{source.path}: matches {_some(matched)}, but no readable file; {_name_one()}")
+    if not rows:
+        return Found(problem=_missing(source.path, "no file matches"))
+    return Found(rows, root) if source.split == "train" else _of_split(source, root, rows)
+
+
+def _shards(source: Source, path: Path) -> Found:
+    """The files of a directory that hold the wanted split."""
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return Found(sorted(file for file in path.rglob("*") if file.is_file()), path, saved=True)
+    if (path / "refs" / "main").is_file():  # of a hub cache, whose snapshots hold the same files once a revision
+        path = path / "snapshots" / (path / "refs" / "main").read_text().strip()
+    seen = sorted(_walked(path))
+    rows = [file for file in seen if kind(file) in READABLE and file.name not in NO_ROWS]
+    if rows and all((path / name).is_file() for name in ("recipe.yaml", "manifest.json")):
+        there = [file for file in rows if kind(file) == ".jsonl"]
+        return Found(problem=f"{source.path}: is a run; name the file in it that holds the rows: {_some(there)}")
+    if not rows:
+        has = f"has {_some([file.relative_to(path) for file in seen])}" if seen else "is empty"
+        return Found(problem=f"{source.path}: a directory without a file of rows ({has}); {_name_one()}")
+    return _of_split(source, path, rows)
+
+
+def _of_split(source: Source, root: Path, rows: list[Path]) -> Found:
+    names = {file.relative_to(root).as_posix(): file for file in rows}
+    splits = by_split(list(names))
+    wanted = next((split for split, words in SPLITS.items() if source.split in words), source.split)
+    stems = _stems(names)
+    chosen = splits.get(source.split) or splits.get(wanted) or stems.get(source.split)
+    if not chosen:
+        return Found(problem=f"{source.path}: no split '{source.split}'; set split to one of {', '.join(splits)}")
+    if dangling := next((names[name] for name in chosen if not names[name].exists()), None):
+        return Found(problem=_dangling(dangling))
+    return Found([names[name] for name in chosen], root)
+
+
+def by_split(names: list[str]) -> dict[str, list[str]]:
+    """Split -> the names that belong to it, relative to their directory. All are `train` where none names a split.
+
+    First come shards in data/, whose split may have any name; then directories, then files whose names hold a split's
+    word.
+    """
+    if sharded := _stems([name for name in names if re.fullmatch(r"data/[^/]+", name)]):
+        return sharded
+    for part in (lambda name: name.split("/")[:-1], lambda name: name.split("/")[-1:]):
+        found = {split: [name for name in names if any(map(word.search, part(name)))] for split, word in WORDS.items()}
+        found = {split: listed for split, listed in found.items() if listed}
+        # train_prefs-00000-of-00001 and train_sft-00000-of-00001 both say train, and hold other columns
+        if any(len(_stems(listed)) > 1 for listed in found.values()):
+            return _stems(names)
+        if found:
+            return found
+    return {"train": list(names)}
+
+
+def _stems(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of shards, by what stands before `-00000-of-00001`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if match := SHARD.fullmatch(name.split("/")[-1]):
+            found.setdefault(match[1], []).append(name)
+    return dict(sorted(found.items(), key=lambda item: (item[0] not in SPLITS, [*SPLITS, item[0]].index(item[0]))))
+
+
+def _walked(path: Path) -> Iterator[Path]:
+    """Files below a directory, without what hides: `.cache`, `.git`, `__pycache__`."""
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        here = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (file for file in here if file.is_file() or file.is_symlink())
+
+
+def _dangling(link: Path) -> str:
+    return f"{link}: is a link to {os.readlink(link)}, which does not exist; fetch the file again"
+
+
+def _some(paths: list[Path]) -> str:
+    more = f", … {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(map(str, paths[:5])) + more
+
+
+def _name_one() -> str:
+    return f"name one of {', '.join(READABLE)}, or a directory of them"
+
+
+def _missing(path: str, found: str = "no such file") -> str:
+    """The line for a file that is not there, with the nearest one that is."""
+    wanted = Path(os.path.expanduser(path))
+    where = "" if wanted.is_absolute() else " (looked in the working directory)"
+    folders = [str(folder) for folder in dict.fromkeys((wanted.parent, Path(), Path("data"))) if os.path.isdir(folder)]
+    readable = [folder for folder in folders if os.access(folder, os.R_OK)]
+    there = [Path(folder, name) for folder in readable for name in sorted(os.listdir(folder))]
+    there = [str(file) for file in there if kind(file) in READABLE]
+    near = get_close_matches(path, there, n=1) or [file for file in there if Path(file).name == wanted.name]
+    if near:
+        return f"{path}: {found}; did you mean '{near[0]}'?{where}"
+    has = f"there is {', '.join(there[:5])}" if there else "mend the path"
+    return f"{path}: {found}{where}; {has}"
+
+
+def fingerprint(source: Source) -> str:
+    """sha256 of a file's bytes, or of the names and bytes of what a directory or a glob stands for;
+    `hub:<id>@<revision>:<split>` of a hub id.
+
+    The revision is the one in the local hub cache, `unknown` without one; the network is not touched. Raises DataError
+    for a missing or unreadable file.
+    """
+    if not is_local(source):
+        return f"hub:{source.path}@{_cached_revision(source.path)}:{source.split}"
+    found = find(source)
+    if not found.files:
+        raise DataError(found.problem)
+    try:
+        if found.root is None:
+            return _sha256(found.files[0])
+        listed = "".join(f"{file.relative_to(found.root).as_posix()}\n{_sha256(file)}\n" for file in found.files)
+    except OSError as error:
+        raise DataError(f"{source.path}: cannot be read ({error.strerror}); mend its permissions") from None
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cached_revision(hub_id: str) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    ref = Path(HF_HUB_CACHE, f"datasets--{hub_id.replace('/', '--')}", "refs", "main")
+    return ref.read_text().strip() if ref.is_file() else "unknown"
