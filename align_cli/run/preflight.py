@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from align_cli.data.groups import Count
 from align_cli.data.load import is_local
+from align_cli.data.prompts import sample_problems
 from align_cli.errors import AlignError, RecipeError
 from align_cli.model import function, kind, memory, templates
 from align_cli.recipe import check as recipe_check
@@ -204,11 +204,8 @@ def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
     if data.streaming and schedule.steps_given(tree.get("trainer")) <= 0:
         lines.append("data.streaming: needs to know when to stop; set trainer.max_steps=…")
     samples = tree.get("samples")
-    samples = _section(Samples, {"prompts": samples} if isinstance(samples, (str, list)) else samples)
-    if samples is not None and isinstance(samples.prompts, str) and not Path(samples.prompts).is_file():
-        lines.append(
-            f"samples.prompts: {samples.prompts}: no such file; name one with a `prompt` column, or list prompts"
-        )
+    samples = {"prompts": samples} if isinstance(samples, (str, list)) else samples
+    lines += sample_problems(_section(Samples, samples))
 
 
 def _look_at_run(plan: Plan, lines: list[str]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from align_cli.data import chat
+from align_cli.data.prompts import sample_prompts
 from align_cli.run.directory import write_atomically
 from align_cli.stages.job import Job
 
@@ -27,7 +26,7 @@ class Samples:
 
     def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase):
         self.job, self.tokenizer = job, tokenizer
-        self.rows = _rows(job.recipe.samples.prompts) if job.recipe.samples else []
+        self.rows = sample_prompts(job.recipe.samples) if job.recipe.samples else []
         self.kept = job.run.path / KEPT
 
     def answer(self, trainer: Trainer, when: str) -> None:
@@ -99,14 +98,3 @@ def whole(model: Any, device: Any):
 
 def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _rows(prompts: str | list[str]) -> list[dict[str, Any]]:
-    """Rows with a `prompt`; other columns of a file go along into samples.jsonl."""
-    if isinstance(prompts, list):
-        return [{"prompt": prompt} for prompt in prompts]
-    file = Path(prompts)
-    with file.open(encoding="utf-8", newline="") as stream:
-        if file.suffix == ".csv":
-            return list(csv.DictReader(stream))
-        return [json.loads(line) for line in stream if line.strip()]
