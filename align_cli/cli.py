@@ -183,7 +183,7 @@ def show(
 
     _allow(allow_code)
     launch.quiet_environment()
-    plan = preflight.load(_stage(stage), settings or [], starting=False)
+    plan = preflight.load(_stage(stage), settings or [], starting=False, render=False)
     from align_cli.report import rows as report
 
     report.show(plan, rows, _console())

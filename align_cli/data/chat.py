@@ -145,9 +145,7 @@ def responses(tokenizer: Any, group: Group, notes: Counter | None = None) -> tup
     ids. Raises Unrenderable.
     """
     turns = [
-        conversation(
-            tokenizer, group.prompt, response, last_turn_only=True, tools=getattr(group, "tools", None), notes=notes
-        )
+        conversation(tokenizer, group.prompt, response, last_turn_only=True, tools=group.tools, notes=notes)
         for response in group.responses
     ]
     starts = [turn.trained.index(True) if True in turn.trained else len(turn.ids) for turn in turns]
@@ -168,7 +166,7 @@ def sft_rows(
                 group.prompt,
                 group.responses[0],
                 last_turn_only=last_turn_only,
-                tools=getattr(group, "tools", None),
+                tools=group.tools,
                 notes=tally.notes,
             )
         except Unrenderable as error:
@@ -231,7 +229,7 @@ def encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]
     try:
         coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except (TypeError, UnicodeEncodeError):
-        raise Unrenderable("it holds half of a surrogate pair (a cut emoji), which no tokenizer reads") from None
+        raise Unrenderable(template.HALF) from None
     return coded["input_ids"], coded["offset_mapping"]
 
 

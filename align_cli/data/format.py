@@ -41,6 +41,8 @@ class Group:
     """Of its source's rows; a group that is dropped on the way to tokens is entered there."""
     cells: Row = field(default_factory=dict, compare=False, repr=False)
     """Other columns of the row that were asked for."""
+    tools: list[dict[str, Any]] | None = None
+    """The functions that the assistant may call, as JSON schemas."""
 
 
 WANTS: dict[str, tuple[str, ...]] = {

@@ -6,15 +6,16 @@ example. Rows used are counted before the split and the weights, so a weight of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path
+from typing import Any
 
+from align_cli.data import refusals
 from align_cli.data.count import Count
 from align_cli.data.format import Group, Need, recognise, to_group
 from align_cli.data.kinds import note_kinds, text_columns
-from align_cli.data.load import Report, fingerprint, is_local, read_rows, refuse
+from align_cli.data.load import Report, files, fingerprint, is_local, read_rows, refuse
 from align_cli.data.split import (
     canonical,
     content,
@@ -26,6 +27,7 @@ from align_cli.data.split import (
     smallest,
     weighted,
 )
+from align_cli.data.template import without_thoughts
 from align_cli.data.turns import Broken, Dropped, Message
 from align_cli.errors import DataError, did_you_mean, raise_all
 from align_cli.recipe.sections import Data, Source
@@ -132,24 +134,27 @@ def stream_eval(data: Data, need: Need, seed: int, counts: list[Count]) -> list[
 
 
 def check_sources(
-    data: Data, need: Need, *, cells: Sequence[str] = (), max_bytes: int = CHECKED
+    data: Data, need: Need, *, cells: Sequence[str] = (), max_bytes: int = CHECKED, tokenizer: Any = None
 ) -> tuple[list[str], list[Count]]:
-    """Every problem, one line each, and the counts; hub ids are not touched.
+    """Every problem, one line each, and the counts; hub ids are not touched. With a `tokenizer`, which needs no more
+    than a chat template, the first rows of every source that its template refuses are dropped.
 
     At most `max_bytes` of each file are looked at, and `Count.partial` says where that was not all of it. The
     fingerprint is of the whole file.
     """
     lines, counts, prompts = _fraction_lines(data), [], set()
+    refused = None if tokenizer is None else refusals.checker(tokenizer, need)
     for source, count in zip([*data.train, *_eval_sources(data)], _counts(data), strict=True):
         if not is_local(source):
             continue
-        path = Path(source.path).expanduser()
-        whole = sum(file.stat().st_size for file in _files(path)) <= max_bytes
+        held = files(source)
+        whole = sum(file.stat().st_size for file in held) <= max_bytes
         problems, count.partial = Problems(source), not whole
-        for group in _groups_of(source, data, need, count, problems, None if whole else max_bytes, cells):
+        for group in _groups_of(source, data, need, count, problems, None if whole else max_bytes, cells, refused):
             if len(prompts) < 2:
                 prompts.add(canonical(group.prompt))
-        if path.exists():  # of all bytes, or a finished run of a large file would never be found unchanged
+        # of all bytes, or a finished run of a large file would never be found unchanged
+        if held and not problems.total:
             count.fingerprint = fingerprint(source)
         lines += problems.lines()
         counts.append(count)
@@ -166,8 +171,10 @@ def _groups_of(
     report: Report,
     max_bytes: int | None = None,
     cells: Sequence[str] = (),
+    refused: Callable[[Group], str | None] | None = None,
 ) -> Iterator[Group]:
-    """Groups of a source in its order; fills `count`, and reports what is broken."""
+    """Groups of a source in its order, as the recipe's data section wants them; fills `count`, and reports what is
+    broken. `refused` says why one of the first rows would be left out on the way to tokens."""
     broken = Problems(source)
 
     def tell(line: str) -> None:
@@ -206,7 +213,12 @@ def _groups_of(
         except Broken as error:
             tell(f"{place}: {error}")
         else:
+            if data.reasoning == "drop":
+                prompt, responses = without_thoughts(group.prompt), [without_thoughts(r) for r in group.responses]
+                group = replace(group, prompt=prompt, responses=responses)
             count.rows_used += 1
+            if refused is not None and count.rows_read <= refusals.RENDERED and (why := refused(group)):
+                count.lose(place, Dropped(why, group.prompt[-1]["content"]))
             if need == "preferences":
                 for how in PAIRINGS:
                     count.pairs[how] = count.pairs.get(how, 0) + len(preference_pairs(group, how))
@@ -245,10 +257,6 @@ def _read_source(
 
 def _eval_sources(data: Data) -> list[Source]:
     return data.eval if isinstance(data.eval, list) else []
-
-
-def _files(path: Path) -> Iterable[Path]:
-    return (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else filter(Path.is_file, [path])
 
 
 def _fraction_lines(data: Data) -> list[str]:

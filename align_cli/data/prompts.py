@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align_cli.data import template
 from align_cli.data.files import is_local, kind
 from align_cli.data.load import Row, read_rows
+from align_cli.data.template import Message
 from align_cli.data.turns import QUESTIONS, Broken, said
 from align_cli.errors import DataError, did_you_mean, raise_all
 from align_cli.recipe.sections import Samples, Source
@@ -17,10 +19,11 @@ LINES = 20
 WHERE = "samples.prompts"
 
 
-def sample_prompts(samples: Samples) -> list[Row]:
+def sample_prompts(samples: Samples, tokenizer: Any = None) -> list[Row]:
     """A row a prompt, with the other columns of its file: `prompt` is a string or a list of messages.
 
-    Raises DataError with every problem, one line each.
+    With a `tokenizer`, which needs no more than a chat template, each prompt is rendered. Raises DataError with every
+    problem, one line each.
     """
     if isinstance(samples.prompts, list):
         empty = [at for at, prompt in enumerate(samples.prompts) if not prompt.strip()]
@@ -30,14 +33,39 @@ def sample_prompts(samples: Samples) -> list[Row]:
         rows = _rows(samples.prompts)
     if not rows:
         raise DataError(f"{WHERE}: holds no prompts; write some, or leave samples out")
+    refused = [
+        f"{WHERE}: {excerpt(row['prompt'])}: {why}; write the prompt as the messages that the template wants"
+        for row in rows
+        if tokenizer is not None and (why := _refused(tokenizer, as_messages(row["prompt"])))
+    ]
+    raise_all(DataError, refused[:LINES])
     return rows
 
 
-def sample_problems(samples: Samples | None) -> list[str]:
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A prompt as chat messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def excerpt(prompt: str | list[Message]) -> str:
+    """The first words of a prompt, for a message."""
+    text = " ".join(as_messages(prompt)[-1]["content"].split())
+    return repr(text if len(text) <= 40 else f"{text[:37]}…")
+
+
+def _refused(tokenizer: Any, prompt: list[Message]) -> str:
+    try:
+        template.of(tokenizer).render(prompt, prompt=True)
+    except template.Unrenderable as error:
+        return str(error)
+    return ""
+
+
+def sample_problems(samples: Samples | None, tokenizer: Any = None) -> list[str]:
     """The lines that `sample_prompts` raises."""
     try:
         if samples is not None:
-            sample_prompts(samples)
+            sample_prompts(samples, tokenizer)
     except DataError as error:
         return list(error.lines)
     return []

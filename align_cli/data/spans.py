@@ -17,7 +17,7 @@ from os.path import commonprefix
 
 from align_cli.data.boundaries import SAME, Span, closings, find_start, find_stop, header_of, openers, prompt_tail
 from align_cli.data.contents import Lost, check_nothing_lost, check_tools, place
-from align_cli.data.template import CLOSE, OPEN, THOUGHT, Message, Template, Tools, Unrenderable, lead
+from align_cli.data.template import CLOSE, OPEN, THOUGHT, Message, Template, Tools, Unrenderable, lead, opened
 
 
 @dataclass
@@ -36,6 +36,9 @@ def find(template: Template, messages: list[Message], turns: list[int], tools: T
     Raises Unrenderable for a conversation that the template refuses, leaves something out of, or renders so that its
     turns cannot be told apart.
     """
+    messages, tools = opened(messages, tools)
+    if turns[-1] == len(messages) - 1 and _says_nothing(messages[-1]):
+        return _of_nothing(template, messages, turns, tools)
     prompt = template.render(messages[: turns[-1]], prompt=True, tools=tools)
     try:
         text, spans, answers = _spans(template, messages, turns, tools)
@@ -94,6 +97,19 @@ def _agreed(
         notes.append(f"the generation prompt lacks the header of an answer ({_short(header)}) after some turns")
     spans[-1] = last = replace(last, start=start)
     return notes + _without_prompt(template, messages[: last.turn], prompt, text, last, tools)
+
+
+def _says_nothing(message: Message) -> bool:
+    return not (message["content"].strip() or message.get("tool_calls") or message.get(THOUGHT))
+
+
+def _of_nothing(template: Template, messages: list[Message], turns: list[int], tools: Tools) -> Rendering:
+    """The conversation with a word in place of the last answer, which says nothing, and the word taken out again."""
+    found = find(template, [*messages[:-1], {**messages[-1], "content": SAME}], turns, tools)
+    last = found.spans[-1]
+    written = found.text[last.start : last.stop].replace(SAME, "", 1)
+    found.spans[-1] = replace(last, stop=last.start + len(written))
+    return replace(found, text=found.text[: last.start] + written)
 
 
 def _behind_prompt(

@@ -12,16 +12,19 @@ import weakref
 from functools import cached_property
 from typing import Any
 
+from align_cli.compat import chat_date
 from align_cli.errors import DataError
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 
-OURS = ("train",)
-"""Keys of a message that no template is shown."""
+OURS = ("train", "tools")
+"""Keys of a message that no template is shown as they are: tools may stand in the first message of a prompt that goes
+through a dataset (`packed`)."""
 THOUGHT = "reasoning_content"
 """The key of a thought; transformers gives templates the other names that they may read."""
 OPEN, CLOSE = "<think>", "</think>"
+HALF = "it holds half of a surrogate pair (a cut emoji), which no tokenizer reads; mend or remove the row"
 
 
 class Unrenderable(DataError):
@@ -59,6 +62,7 @@ class Template:
 
         Raises Unrenderable with the template's own complaint.
         """
+        messages, tools = opened(messages, tools)
         shown = [self._shown(message) for message in messages]
         try:
             return self._apply(shown, prompt, tools)
@@ -172,12 +176,16 @@ class Template:
         """The template with generation marks: itself, or the one that TRL trains its family with."""
         if self.own_marks:
             return self.source
+        if not hasattr(self.tokenizer, "is_fast"):
+            # a tokenizer described by its files, where TRL's questions would load torch
+            return None
         from trl.chat_template_utils import get_training_chat_template
 
         try:
             known = get_training_chat_template(self.tokenizer)
         except Exception:  # no family that TRL knows, or one that its own questions break
             return None
+        chat_date.fix(known)
         return known if known and _has_marks(known) else None
 
     @cached_property
@@ -223,6 +231,28 @@ def of(tokenizer: Any) -> Template:
     if kept is None or kept.source != tokenizer.chat_template:
         kept = _KEPT[tokenizer] = Template(tokenizer)
     return kept
+
+
+def packed(messages: list[Message], tools: Tools = None) -> list[Message]:
+    """Messages as a dataset's column can hold them, whose entries have one type: what is nested, as JSON."""
+    nested = [
+        {**message, "tool_calls": json.dumps(message["tool_calls"])} if message.get("tool_calls") else message
+        for message in messages
+    ]
+    return [{**nested[0], "tools": json.dumps(tools)}, *nested[1:]] if tools else nested
+
+
+def opened(messages: list[Message], tools: Tools = None) -> tuple[list[Message], Tools]:
+    """The messages, and the tools, of what may have been `packed`."""
+    if not any(isinstance(message.get(key), str) for message in messages for key in ("tool_calls", "tools")):
+        return messages, tools
+    found = [
+        {**message, "tool_calls": json.loads(message["tool_calls"])}
+        if isinstance(message.get("tool_calls"), str)
+        else message
+        for message in messages
+    ]
+    return found, tools or json.loads(messages[0].get("tools") or "null")
 
 
 def lead(text: str) -> str:

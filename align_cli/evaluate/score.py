@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from align_cli.compat import chat_date
 from align_cli.data import chat
 from align_cli.data.groups import Group, read_groups
 from align_cli.errors import AlignError, DataError, RecipeError, UpstreamError, did_you_mean
@@ -43,8 +44,11 @@ def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
     groups, counts = _groups(given)
     for line in counts:
         say(line)
+    made = manifest.read(path) or {}
+    # the reward model has seen its template write one date
+    chat_date.use(made.get("template_date"))
     tokenizer = load.tokenizer(Model(path=path))
-    model, scale = reward.load_run(path, tokenizer), (manifest.read(path) or {}).get("reward", {})
+    model, scale = reward.load_run(path, tokenizer), made.get("reward", {})
     shift = torch.zeros(1) if scale.get("shift_in_weights") else torch.tensor(scale.get("shift", [0.0]))
     rows, cut = _rows(tokenizer, groups, int(given["max_length"]))
     with torch.no_grad():

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
+from align_cli.data import chat
 from align_cli.methods.sampling import Sampler, respond, row_seed
 
 Scorer = Callable[[list[Any], list[str]], Tensor]
@@ -112,6 +113,10 @@ class Rollouts:
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochOrder:
         return EpochOrder(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
+    def _tokenize_prompts(self, prompts: list[Any]):
+        # as every other stage asks; TRL's own would show the template keys that a dataset fills with nulls
+        return [chat.prompt_ids(self._tokenizer, prompt) for prompt in prompts], None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any):
         if self.use_vllm or getattr(self, "use_transformers_continuous_batching", False):

@@ -155,6 +155,11 @@ def fingerprint(path: str) -> str | None:
     return digest.hexdigest()
 
 
+def small_json(file: Path) -> dict:
+    """A JSON object in a file; empty where there is none."""
+    return _json(file) or {}
+
+
 def _json(file: Path) -> dict | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

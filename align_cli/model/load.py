@@ -5,24 +5,31 @@ Safetensors only; code that comes with a model runs only if the recipe says so.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from align_cli.compat import chat_date
 from align_cli.errors import UpstreamError
-from align_cli.model import templates
+from align_cli.model import saved_tokenizer, templates
 from align_cli.recipe.sections import Model
 
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Tokens that may serve as padding, in order of preference, where a tokenizer has none of its own."""
 
 
-def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of `path` (default: the model's) with a chat template and a pad token that is not EOS.
+_NEW: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, list[str]] = weakref.WeakKeyDictionary()
 
-    A pad token equal to EOS makes libraries that mask padding by its id never learn to stop (trl#976). Raises
-    UpstreamError if there is no tokenizer or no template.
+
+def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `path` (default: the model's) with a chat template, an EOS token, and a pad token that is not
+    EOS.
+
+    A pad token equal to EOS makes libraries that mask padding by its id never learn to stop (trl#976). Where there is
+    no EOS, the token with which the template closes an answer serves. Raises UpstreamError if there is no tokenizer,
+    no template, or nothing that could end an answer.
     """
     path = path or model.path
     try:
@@ -37,17 +44,28 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
         markers = [token for token in templates.END_TOKENS.get(model.chat_template, []) if token not in known]
         if markers:
             loaded.add_special_tokens({"additional_special_tokens": markers})
+            _NEW[loaded] = markers
     if loaded.chat_template is None:
         raise UpstreamError(
             f"model.path: {path}: its tokenizer has no chat template; set model.chat_template= to "
             f"{', '.join(templates.BUILT_IN)} or a Jinja file"
         )
+    chat_date.fix(loaded.chat_template)
+    if loaded.eos_token is None:
+        loaded.eos_token = saved_tokenizer.closing(loaded)
+        if loaded.eos_token is None:
+            raise UpstreamError(templates.endless(path))
     if loaded.pad_token is None or loaded.pad_token_id == loaded.eos_token_id:
         known = loaded.get_vocab()
         pad = next((token for token in PAD_CANDIDATES if token in known and token != loaded.eos_token), None)
         loaded.add_special_tokens({"pad_token": pad or "<|pad|>"})
     loaded.padding_side = "right"
     return loaded
+
+
+def new_tokens(loaded: PreTrainedTokenizerBase) -> list[str]:
+    """The markers of a built-in template that were added to the vocabulary."""
+    return _NEW.get(loaded, [])
 
 
 def pretrained(loader: Any, model: Model, path: str, dtype: str, **extra: Any) -> PreTrainedModel:
@@ -79,12 +97,24 @@ def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str 
         loaded.resize_token_embeddings(len(tok), mean_resizing=True)
     for config in (loaded.config, loaded.generation_config):
         config.pad_token_id = tok.pad_token_id
+    if getattr(loaded.generation_config, "_from_model_config", False):
+        # no generation_config.json: what the model's config says of EOS is the architecture's default as a rule
+        special = {index for index, token in tok.added_tokens_decoder.items() if token.special}
+        loaded.generation_config.eos_token_id = [id for id in _ends(loaded) if id in special] or None
     return loaded
 
 
-def set_ends(model: Any, ends: list[int]) -> None:
-    """Make generation stop at these ids, here and wherever the saved model is served."""
+def set_ends(model: Any, ends: list[int]) -> list[int]:
+    """Make generation stop at these ids and at the model's own, here and wherever the saved model is served. Returns
+    all of them."""
+    ends = sorted({*ends, *_ends(model)})
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    return ends
+
+
+def _ends(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or [])
 
 
 def _first_line(error: Exception) -> str:

@@ -18,12 +18,13 @@ BUILT_IN = {
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
-    # for models that know no markers: hh-rlhf's dialogue form, responses closed by EOS
+    # for models that know no markers: hh-rlhf's dialogue form, responses closed by EOS; the space is the response's,
+    # since most tokenizers make one token of it and the word behind it
     "plain": (
         "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
         "{{ '\n\nAssistant: ' + message['content'] + eos_token }}{% elif message['role'] == 'user' %}"
         "{{ '\n\nHuman: ' + message['content'] }}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
     ),
     # no markers at all: what was said, one after the other, responses closed by EOS
     "raw": (
@@ -38,6 +39,38 @@ END_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}
 def text(named: str) -> str:
     """The Jinja text that `model.chat_template` names: a built-in or a file."""
     return BUILT_IN[named] if named in BUILT_IN else Path(named).read_text(encoding="utf-8")
+
+
+def source(path: str, named: str | None) -> str | dict[str, str] | None:
+    """The template that a recipe means: the one it names, or the model directory's; None where that is not at hand."""
+    if named is not None:
+        return text(named)
+    folder = Path(path)
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = kind.small_json(folder / name).get("chat_template")
+        if isinstance(found, list):
+            return {each["name"]: each["template"] for each in found}
+        if found:
+            return found
+    return None
+
+
+def endless(path: str) -> str:
+    """The line for a tokenizer with which no answer could end."""
+    return (
+        f"model.path: {path}: its tokenizer has no EOS token, and its chat template closes an answer with no special "
+        "token; set eos_token in tokenizer_config.json"
+    )
+
+
+def frozen(tokens: list[str]) -> str:
+    """The line for tokens that a template adds to a vocabulary of which LoRA trains nothing."""
+    return (
+        f"model.chat_template: adds {' and '.join(tokens)} to the vocabulary, and LoRA trains no row of the embedding "
+        "or of the head; set model.chat_template=zephyr or plain, which close answers with EOS, or lora=null"
+    )
 
 
 def problems(path: str, named: str | None) -> list[str]:

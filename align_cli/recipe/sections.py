@@ -7,6 +7,7 @@ the disk (an upstream run, a data file) are in `run/preflight.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -130,8 +131,20 @@ class Data:
     batch_size: Count | None = None
     """Rows an optimizer step, over all ranks; gradient accumulation follows from it. null: whatever
     trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps give."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """What becomes of the thoughts of assistant turns, in a field of their own or between <think> marks. keep: they are
+    trained as the chat template writes them. drop: they are taken out first."""
+    date: str | None = None
+    """The date, as 2026-01-31, that a chat template which asks for today's is given. null: the day on which the run
+    began, kept in its recipe.yaml."""
     streaming: bool = False
     """Read rows as they are needed, for sources larger than memory. Needs trainer.max_steps."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        try:
+            date.fromisoformat(self.date or "2026-01-31")
+        except ValueError:
+            yield "data.date", f"{self.date!r} is not a date; write it as 2026-01-31"
 
 
 @section

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from align_cli.compat import chat_date
 from align_cli.data import chat
 from align_cli.data.groups import labelled, read_groups, stream_groups
 from align_cli.model import kind, load
 from align_cli.run import loops
 from align_cli.run.preflight import NEEDS, Plan
 
-TRAINED, MASKED, SPECIAL = "bold green", "dim", "bold magenta"
+TRAINED, MASKED, SPECIAL, LOST = "bold green", "dim", "bold magenta", "yellow"
 
 
 def show(plan: Plan, count: int, console: Console) -> None:
@@ -22,6 +24,7 @@ def show(plan: Plan, count: int, console: Console) -> None:
     recipe, stage = plan.recipe, plan.composed.stage
     held = kind.look(recipe.model.path)
     path = recipe.model.path if held.kind not in ("missing", "unfinished") else plan.tokenizer_path()
+    chat_date.use(recipe.data.date)
     tokenizer = load.tokenizer(recipe.model, path)
     need = "prompts" if loops.sampling(recipe) else NEEDS[stage]
     if recipe.data.streaming:
@@ -32,17 +35,27 @@ def show(plan: Plan, count: int, console: Console) -> None:
         Text.assemble(("trained", TRAINED), " · ", ("seen, not trained", MASKED), " · ", ("special token", SPECIAL))
     )
     last_only = stage == "sft" and recipe.method.train_on == "last-turn"
+    notes: Counter[str] = Counter()
     for group in groups:
         console.rule(group.place, align="left", style="dim")
         if need == "prompts":
-            ids = chat.prompt_ids(tokenizer, group.prompt)
+            try:
+                ids = chat.prompt_ids(tokenizer, group.prompt, group.tools)
+            except chat.Unrenderable as error:
+                console.print(f"left out: {error}", style=LOST, highlight=False, markup=False)
+                continue
             console.print(_coloured(tokenizer, chat.Turns(ids, [False] * len(ids))))
             console.print(f"{len(ids)} tokens of prompt", style="dim", highlight=False)
         kinds = dict(labelled(group, recipe.method.split)) if need == "labels" else {}
         for index, response in enumerate(group.responses if stage != "sft" else group.responses[:1]):
             if kinds and index not in kinds:
                 continue
-            turns = chat.conversation(tokenizer, group.prompt, response, last_turn_only=last_only or stage != "sft")
+            how = {"last_turn_only": last_only or stage != "sft", "tools": group.tools, "notes": notes}
+            try:
+                turns = chat.conversation(tokenizer, group.prompt, response, **how)
+            except chat.Unrenderable as error:
+                console.print(f"left out: {error}", style=LOST, highlight=False, markup=False)
+                continue
             kept = chat.Turns(turns.ids[: recipe.data.max_length], turns.trained[: recipe.data.max_length])
             if kinds:
                 console.print("a good response" if kinds[index] else "a bad response", style="italic")
@@ -55,6 +68,8 @@ def show(plan: Plan, count: int, console: Console) -> None:
                 style="dim",
                 highlight=False,
             )
+    for note in notes:
+        console.print(f"warning: {note}", style=LOST, highlight=False, markup=False)
 
 
 def _coloured(tokenizer: Any, turns: chat.Turns) -> Text:

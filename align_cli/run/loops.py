@@ -29,13 +29,18 @@ def idle(recipe: Any) -> set[str]:
     return only_in_rounds if hasattr(recipe.method, "rounds") and not sampling(recipe) else set()
 
 
-def sources(stage: str, tree: dict[str, Any], data: Data, need: str, cells: list[str]) -> tuple[list[str], list[Count]]:
-    """Problems and counts of a recipe's sources; in rounds, data.train holds prompts and data.eval preferences."""
+def sources(
+    stage: str, tree: dict[str, Any], data: Data, need: str, cells: list[str], tokenizer: Any = None
+) -> tuple[list[str], list[Count]]:
+    """Problems and counts of a recipe's sources; in rounds, data.train holds prompts and data.eval preferences.
+
+    With a `tokenizer`, which needs no more than a chat template, rows that the template refuses are among them.
+    """
     if not in_rounds(stage, tree):
-        return check_sources(data, need, cells=cells)
-    lines, counts = check_sources(replace(data, eval=None), "prompts", cells=cells)
+        return check_sources(data, need, cells=cells, tokenizer=tokenizer)
+    lines, counts = check_sources(replace(data, eval=None), "prompts", cells=cells, tokenizer=tokenizer)
     if isinstance(data.eval, list):
-        more, watched = check_sources(replace(data, train=data.eval, eval=None), need)
+        more, watched = check_sources(replace(data, train=data.eval, eval=None), need, tokenizer=tokenizer)
         lines, counts = lines + more, counts + watched
     return lines, counts
 

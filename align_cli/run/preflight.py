@@ -11,16 +11,18 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from align_cli.data.groups import Count
+from align_cli.compat import chat_date
+from align_cli.data.groups import Count, check_sources
 from align_cli.data.load import is_local
 from align_cli.data.prompts import sample_problems
 from align_cli.errors import AlignError, RecipeError
-from align_cli.model import function, kind, memory, templates
+from align_cli.model import function, kind, memory, saved_tokenizer, templates
+from align_cli.model.saved_tokenizer import SavedTokenizer
 from align_cli.recipe import check as recipe_check
 from align_cli.recipe.cai import CaiMethod
 from align_cli.recipe.compose import Composed
 from align_cli.recipe.schema import Recipe
-from align_cli.recipe.sections import Data, Launch, Lora, Model, OtherModel, Samples
+from align_cli.recipe.sections import Data, Launch, Lora, Model, OtherModel, Samples, Source, as_source
 from align_cli.recipe.speaker import Speaker
 from align_cli.run import batch, constitutional, devices, loops, manifest, rewards, schedule
 from align_cli.run.directory import RunDirectory
@@ -112,11 +114,12 @@ class Plan:
         return drawn and self.recipe.trainer.get("max_steps", -1) <= 0
 
 
-def load(stage: str, arguments: list[str], *, starting: bool) -> Plan:
+def load(stage: str, arguments: list[str], *, starting: bool, render: bool = True) -> Plan:
     """Compose, check and look at everything the recipe names.
 
-    `starting` refuses upstream runs that are not finished; a check takes them as steps still to do. Raises AlignError
-    with every problem, from the recipe's keys to the rows of its files.
+    `starting` refuses upstream runs that are not finished; a check takes them as steps still to do. Without `render`,
+    rows that the chat template refuses are left to whoever reads them. Raises AlignError with every problem, from the
+    recipe's keys to the rows of its files.
     """
     composed = recipe_check.compose(stage, arguments)
     lines: list[str] = []
@@ -127,7 +130,9 @@ def load(stage: str, arguments: list[str], *, starting: bool) -> Plan:
         lines += error.lines
     plan = Plan(composed, recipe, "absent")
     _look_at_models(plan, lines, starting)
-    _look_at_data(plan, lines, starting)
+    tokenizer = _look_at_template(plan, lines)
+    _look_at_data(plan, lines, starting, tokenizer if render else None)
+    _look_at_demonstrations(plan, lines, starting, tokenizer if render else None)
     if stage == "cai":
         _look_at_constitution(plan, lines, starting)
     found, laws = rewards.judge_problems(plan.composed.tree, starting, plan.todo)
@@ -189,7 +194,28 @@ def _look_at_constitution(plan: Plan, lines: list[str], starting: bool) -> None:
     lines += constitutional.row_problems(method)
 
 
-def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
+def _look_at_template(plan: Plan, lines: list[str]) -> SavedTokenizer | None:
+    """The tokenizer's files where they are at hand, and what is wrong with its template."""
+    tree = plan.composed.tree
+    model = _section(Model, tree.get("model"))
+    if model is None or (model.chat_template and templates.problems(model.path, model.chat_template)):
+        return None
+    try:
+        path = plan.tokenizer_path() if plan.recipe is not None else model.path
+    except AlignError:  # whoever looks at the models says what is wrong with the run that is named
+        return None
+    tokenizer = saved_tokenizer.read(model, path)
+    if tokenizer is None:
+        return None
+    new = saved_tokenizer.missing(model, tokenizer)
+    if new and tree.get("lora"):
+        lines.append(templates.frozen(new))
+    if tokenizer.eos_token is None and saved_tokenizer.closing(tokenizer) is None:
+        lines.append(templates.endless(path))
+    return tokenizer
+
+
+def _look_at_data(plan: Plan, lines: list[str], starting: bool, tokenizer: SavedTokenizer | None) -> None:
     tree = plan.composed.tree
     data = _section(Data, tree.get("data"))
     if data is None:
@@ -197,7 +223,7 @@ def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
     there, plan.pending = there_already(data, lines, starting, plan.todo)
     if there is not None:
         need, cells = NEEDS[plan.composed.stage], rewards.compared(tree)
-        found, plan.counts = loops.sources(plan.composed.stage, tree, there, need, cells)
+        found, plan.counts = loops.sources(plan.composed.stage, tree, there, need, cells, tokenizer)
         lines += found
     if isinstance(trainer := tree.get("trainer"), dict):
         lines += schedule.problems(trainer, evaluated=data.eval is not None)
@@ -205,7 +231,22 @@ def _look_at_data(plan: Plan, lines: list[str], starting: bool) -> None:
         lines.append("data.streaming: needs to know when to stop; set trainer.max_steps=…")
     samples = tree.get("samples")
     samples = {"prompts": samples} if isinstance(samples, (str, list)) else samples
-    lines += sample_problems(_section(Samples, samples))
+    lines += sample_problems(_section(Samples, samples), tokenizer)
+
+
+def _look_at_demonstrations(plan: Plan, lines: list[str], starting: bool, tokenizer: SavedTokenizer | None) -> None:
+    """The further sources of a method: what scores are centered on, and what PPO-ptx trains on."""
+    tree = plan.composed.tree
+    data, method = _section(Data, tree.get("data")), tree.get("method")
+    for key in ("center_on", "ptx"):
+        named = method.get(key) if isinstance(method, dict) else None
+        source = _section(Source, as_source(named)) if named is not None else None
+        if source is None or data is None:
+            continue
+        there, pending = there_already(replace(data, train=[source], eval=None), lines, starting, plan.todo)
+        plan.pending += pending
+        if there is not None:
+            lines += check_sources(there, "demonstrations", tokenizer=tokenizer)[0]
 
 
 def _look_at_run(plan: Plan, lines: list[str]) -> None:
@@ -236,6 +277,21 @@ def _look_at_run(plan: Plan, lines: list[str]) -> None:
         plan.notes += [line for line in count.lines()]
 
 
+def date_of(plan: Plan) -> str | None:
+    """The date that the run's chat template writes, if it writes one: the recipe's, that of the run as it was begun,
+    or today's."""
+    import yaml
+
+    recipe = plan.recipe
+    run = RunDirectory(recipe.run_dir)
+    if recipe.data.date is not None:
+        return recipe.data.date
+    if run.state() == "unfinished":
+        return (yaml.safe_load(run.recipe.read_text(encoding="utf-8")).get("data") or {}).get("date")
+    source = templates.source(plan.tokenizer_path(), recipe.model.chat_template)
+    return chat_date.today() if source is None or chat_date.writes_date(source) else None
+
+
 def unchanged(plan: Plan) -> tuple[bool, list[str]]:
     """Whether a finished run is what this recipe would make, and what differs if it is not."""
     import yaml
@@ -248,7 +304,12 @@ def unchanged(plan: Plan) -> tuple[bool, list[str]]:
         old = None
     if not isinstance(old, dict):  # somebody's edit: not to be resumed as if it were this recipe
         return False, [f"{run.recipe} cannot be read"]
-    differs = manifest.differing_keys(old, recipe_check.to_tree(plan.recipe))
+    tree = recipe_check.to_tree(plan.recipe)
+    if tree["data"]["date"] is None and isinstance(old.get("data"), dict):
+        # the run keeps the date on which it began
+        tree["data"]["date"] = old["data"].get("date")
+        old["data"].setdefault("date", None)
+    differs = manifest.differing_keys(old, tree)
     if made:
         differs += manifest.missing_files(run, made) + manifest.changed_parents(made)
         differs += [

@@ -42,6 +42,7 @@ def begin(plan: Plan, say) -> RunDirectory | None:
         say(f"{run.path}: running again ({why}); what was there is now {run.set_aside()}")
         run.hold()
     tree = to_tree(plan.recipe) | {"force": False}
+    tree["data"] |= {"date": preflight.date_of(plan)}
     head = f"# {again}   repeats this run\n"
     write_atomically(run.recipe, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     return run

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from align_cli.compat import chat_date
 from align_cli.errors import AlignError
 from align_cli.model import function
 from align_cli.model.zero import deepspeed_config
@@ -85,6 +86,7 @@ def _stage(stage: str, path: str, text: str) -> int:
         head.put_in_place()
         attention.put_in_place()
         heap.keep_freed()
+    chat_date.use(recipe.data.date)
     started, made = manifest.now(), batch.arithmetic(stage, recipe, ranks)
     job = Job(
         recipe=recipe,
@@ -118,7 +120,7 @@ def _stage(stage: str, path: str, text: str) -> int:
             world_size=ranks,
             zero_stage=recipe.zero.stage,
             started=started,
-            extra=outcome.extra | _code(recipe),
+            extra=outcome.extra | _code(recipe) | ({"template_date": date} if (date := recipe.data.date) else {}),
         )
         job.say(f"finished: {path}")
     _leave(ranks)

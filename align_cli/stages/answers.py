@@ -36,10 +36,11 @@ class Answerer:
     """The frozen policy of a job, without a trainer: it answers, and gives log-probabilities of answers."""
 
     def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, args: Any):
-        self.job, self.tokenizer, self.ends = job, tokenizer, chat.generation_ends(tokenizer)
+        self.job, self.tokenizer = job, tokenizer
         asked = job.recipe.generation
         self.sampler = Sampler(asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, asked.batch)
         model = load.policy(job.recipe.model, tokenizer, dtype=job.dtype, path=job.base)
+        self.ends = load.set_ends(model, chat.generation_ends(tokenizer))
         add_fused_lm_head(model, temperature=asked.temperature, outputs=("log_probs", "entropy"))
         # of a trainer only what places models: it never trains
         self.trainer = Trainer(model=online.frozen(model), args=args, processing_class=tokenizer)

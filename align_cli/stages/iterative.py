@@ -126,7 +126,7 @@ class IterativeDpo(Rounds):
             chosen, why = self._chosen(row, number)
             if not chosen:
                 count.lose(group.place, Dropped(why, group.prompt[-1]["content"]))
-            ids = chat.prompt_ids(self.tokenizer, group.prompt)
+            ids = chat.prompt_ids(self.tokenizer, group.prompt, group.tools)
             for w, l in chosen:  # noqa: E741
                 rows.append({"prompt_ids": ids, "chosen_ids": row["ids"][w], "rejected_ids": row["ids"][l]})
                 texts = {"prompt": row["prompt"], "chosen": row["responses"][w], "rejected": row["responses"][l]}
@@ -227,7 +227,8 @@ class Answering:
         k = method.k
         asked = [groups[row].prompt for row in at for _ in range(k)]
         cells = [online.cells(part, groups[row]) for row in at for _ in range(k)]
-        prompts = [ids for row in at for ids in [chat.prompt_ids(policy.tokenizer, groups[row].prompt)] * k]
+        once = [chat.prompt_ids(policy.tokenizer, groups[row].prompt, groups[row].tools) for row in at]
+        prompts = [ids for ids in once for _ in range(k)]
         ids = policy.respond(prompts, [row_seed(seed, self.number, row, answer) for row in at for answer in range(k)])
         texts, ended = [policy.text(one) for one in ids], [policy.ended(one) for one in ids]
         total, spread = torch.zeros(len(ids)), torch.zeros(len(ids))

@@ -67,4 +67,4 @@ def fold_in(counts: list[Count], tally: Tally, max_dropped: float) -> list[str]:
     lines = [line for count in counts for line in count.lines()]
     if tally.truncated:
         lines.append(f"{tally.truncated} rows cut to data.max_length")
-    return lines
+    return lines + [f"warning: {note} ({number} answers)" for note, number in tally.notes.items()]

@@ -53,7 +53,7 @@ def run(job: Job) -> Outcome:
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=peft_config(recipe.lora),
+        peft_config=peft_config(recipe.lora, load.new_tokens(tokenizer)),
         block=job.per_device * job.accumulation * job.ranks,
     )
     return training.run_to_end(trainer, tokenizer, job, counts)

@@ -13,6 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from align_cli.data import chat
 from align_cli.data.groups import Count, Group, read_groups
+from align_cli.data.template import packed
 from align_cli.errors import DataError, UpstreamError, raise_all
 from align_cli.methods import layout, verify
 from align_cli.methods.average import Average
@@ -63,7 +64,8 @@ def prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list
     """Rows of `prompt` messages that leave room for a response, with the cells that rewards compare with, and the row
     counts, which are printed too. Raises DataError for a cell that nothing can be compared with."""
     groups, counts = prompt_groups(job, tokenizer, job.recipe.data)
-    return Dataset.from_list([{"prompt": group.prompt} | cells(job, group) for group in groups]), counts
+    rows = [{"prompt": packed(group.prompt, group.tools)} | cells(job, group) for group in groups]
+    return Dataset.from_list(rows), counts
 
 
 def prompt_groups(job: Job, tokenizer: PreTrainedTokenizerBase, data: Data) -> tuple[list[Group], list[Count]]:
@@ -97,7 +99,7 @@ def leaving_room(job: Job, tokenizer: PreTrainedTokenizerBase, groups: list[Grou
     limit = data.max_prompt_length or data.max_length - job.recipe.generation.max_new_tokens
     for group in groups:
         try:
-            length = len(chat.prompt_ids(tokenizer, group.prompt))
+            length = len(chat.prompt_ids(tokenizer, group.prompt, group.tools))
         except chat.Unrenderable as error:
             tally.drop(group, str(error))
             continue
@@ -183,7 +185,10 @@ def text_scorer(job: Job, tokenizer: Any, at_ends: Any) -> Any:
         for prompt, text in zip(asked, texts, strict=True):
             # a response that says nothing still ends its turn
             group = Group(prompt, [[{"role": "assistant", "content": text or " "}]])
-            ids, (answer,) = chat.responses(tokenizer, group)
+            try:
+                ids, (answer,) = chat.responses(tokenizer, group)
+            except chat.Unrenderable as error:
+                raise UpstreamError(f"reward: {tokenizer.name_or_path}: {error}; set its chat_template") from None
             rows.append({"prompt_ids": ids, "responses": [answer[: max(max_length - len(ids), 1)]]})
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = layout.scored(
@@ -265,7 +270,7 @@ def run_group(job: Job, trainer_class: type, config_class: type, **own: Any) -> 
         train_dataset=rows,
         processing_class=tokenizer,
         reward_funcs=[total],
-        peft_config=peft_config(recipe.lora),
+        peft_config=peft_config(recipe.lora, load.new_tokens(tokenizer)),
     )
     prepare(trainer, job)
     if job.reference is not None:

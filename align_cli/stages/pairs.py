@@ -32,7 +32,7 @@ def trainer(
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=peft_config(recipe.lora),
+        peft_config=peft_config(recipe.lora, load.new_tokens(tokenizer)),
         reference_key=f"{kind.fingerprint(other or job.base) or other or job.base} {job.dtype} bf16={args.bf16}",
         reference_cache=job.cache / "reference",
     )

@@ -9,6 +9,7 @@ function starts from the reward model and is saved beside the policy, in `value/
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from align_cli.model.load import set_ends
 from align_cli.model.lora import peft_config
 from align_cli.model.shared import POLICY, REWARD, VALUE, SharedBackbone
 from align_cli.recipe.schema import PpoRecipe
-from align_cli.recipe.sections import Data, Model
+from align_cli.recipe.sections import Model
 from align_cli.stages import online, training
-from align_cli.stages.job import Job, Outcome
+from align_cli.stages.job import Job, Outcome, fold_in
 
 
 def run(job: Job) -> Outcome:
@@ -37,7 +38,7 @@ def run(job: Job) -> Outcome:
     policy = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base)
     set_ends(policy, chat.generation_ends(tokenizer))
     disable_dropout_in_model(policy)
-    backbone = _backbone(job, policy, args) if recipe.lora else None
+    backbone = _backbone(job, policy, args, load.new_tokens(tokenizer)) if recipe.lora else None
     critic = SharedCritic(backbone) if backbone else Critic(policy, _value_model(job, tokenizer))
     trainer = PPOTrainer(
         model=backbone.model if backbone else policy,
@@ -67,10 +68,11 @@ def run(job: Job) -> Outcome:
     return online.run_to_end(trainer, tokenizer, job, counts, lambda: _save(trainer, tokenizer, job))
 
 
-def _backbone(job: Job, base: Any, args: PPOConfig) -> SharedBackbone:
+def _backbone(job: Job, base: Any, args: PPOConfig, new_tokens: list[str]) -> SharedBackbone:
     """Policy, reference, value function and reward model as adapters of one frozen model."""
     recipe = job.recipe
-    backbone = SharedBackbone(base, peft_config(recipe.lora), reward=_rewarding(recipe), value=_valuing(recipe))
+    adapter = peft_config(recipe.lora, new_tokens)
+    backbone = SharedBackbone(base, adapter, reward=_rewarding(recipe), value=_valuing(recipe))
     if args.gradient_checkpointing:
         backbone.model.enable_input_require_grads()
     return backbone
@@ -116,10 +118,11 @@ def _value_model(job: Job, tokenizer: Any) -> Any:
 def _ptx(job: Job, tokenizer: Any, trainer: PPOTrainer) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of demonstrations, chosen by the update's number, so that a resumed run sees the same."""
     data = job.recipe.data
-    read = read_groups(Data(train=[job.recipe.method.ptx], max_length=data.max_length), "demonstrations", 0)
-    rows = list(
-        chat.sft_rows(tokenizer, read.train, max_length=data.max_length, last_turn_only=False, tally=chat.Tally())
-    )
+    read = read_groups(replace(data, train=[job.recipe.method.ptx], eval=None), "demonstrations", 0)
+    tally = chat.Tally()
+    rows = list(chat.sft_rows(tokenizer, read.train, max_length=data.max_length, last_turn_only=False, tally=tally))
+    for line in fold_in(read.counts, tally, data.max_dropped):
+        job.say(line)
     draw = torch.Generator()
     while True:
         draw.manual_seed(job.recipe.seed * 1_000_003 + trainer.state.global_step * 4099 + trainer._step % 4099)

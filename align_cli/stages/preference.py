@@ -41,7 +41,7 @@ def train(job: Job) -> Outcome:
     # a pair's two log-probabilities must not differ by what was dropped; an adapter's own dropout stays as asked for
     disable_dropout_in_model(policy)
     if recipe.lora:
-        policy = get_peft_model(policy, peft_config(recipe.lora))
+        policy = get_peft_model(policy, peft_config(recipe.lora, load.new_tokens(tokenizer)))
         if args.gradient_checkpointing:
             # checkpointed blocks whose inputs need no gradient would train nothing
             policy.enable_input_require_grads()

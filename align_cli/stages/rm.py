@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +25,8 @@ from align_cli.methods import quality
 from align_cli.methods.reward import Objective, RankingTrainer
 from align_cli.model import load, memory, reward
 from align_cli.model.lora import peft_config
-from align_cli.recipe.sections import Data
 from align_cli.stages import training
-from align_cli.stages.job import Job, Outcome
+from align_cli.stages.job import Job, Outcome, fold_in
 
 CENTERED_ON = 512
 """Responses that the mean and the spread of the scores are taken over."""
@@ -61,11 +61,12 @@ def run(job: Job) -> Outcome:
                 yield row | ({"heads": _drawn(row, seeds)} if len(seeds) > 1 else {})
 
     train, held_out, counts = training.datasets(job, "preferences", tokenized)
+    demonstrations = _demonstrations(tokenizer, job)
     if tied:
         job.say(f"{tied} pairs of responses are tied and are in no comparison")
     model = reward.from_policy(recipe.model, tokenizer, dtype=job.dtype, seeds=seeds, path=job.base)
     if recipe.lora:
-        model = get_peft_model(model, peft_config(recipe.lora, "SEQ_CLS"))
+        model = get_peft_model(model, peft_config(recipe.lora, load.new_tokens(tokenizer), "SEQ_CLS"))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 # a bfloat16 head would round its small updates away
@@ -93,7 +94,7 @@ def run(job: Job) -> Outcome:
         figures = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
         for line in quality.lines(figures):
             job.say(line)
-    scale = _scale(trainer, tokenizer, job, train)
+    scale = _scale(trainer, demonstrations, job, train)
     training.finish(trainer, tokenizer, job)
     return Outcome(metrics | {"ties": tied}, counts, extra={"reward": scale | {"heads": len(seeds)}})
 
@@ -110,7 +111,24 @@ def _drawn(row: dict[str, Any], seeds: list[int]) -> list[int]:
     return drawn
 
 
-def _scale(trainer: RankingTrainer, tokenizer: Any, job: Job, train: Dataset) -> dict[str, Any]:
+def _demonstrations(tokenizer: Any, job: Job) -> list[dict[str, Any]]:
+    """The rows of method.center_on, each with its one response. Raises DataError for a file of which too little can be
+    used, before anything is trained."""
+    data, tally, rows = job.recipe.data, chat.Tally(), []
+    if job.recipe.method.center_on is None:
+        return rows
+    read = read_groups(replace(data, train=[job.recipe.method.center_on], eval=None), "demonstrations", 0)
+    for group in read.train[:CENTERED_ON]:
+        fit = chat.fitting(tokenizer, replace(group, responses=group.responses[:1]), data.max_length, None, tally)
+        if fit is not None:
+            prompt, (answer, *_) = fit
+            rows.append({"prompt_ids": prompt, "responses": [answer[: data.max_length - len(prompt)]]})
+    for line in fold_in(read.counts, tally, data.max_dropped):
+        job.say(line)
+    return rows
+
+
+def _scale(trainer: RankingTrainer, demonstrations: list[dict[str, Any]], job: Job, train: Dataset) -> dict[str, Any]:
     """Mean and standard deviation of the scores, and the shift that puts demonstrations at 0 on average (InstructGPT,
     appendix C.2). A head with a bias takes the shift in; others leave it to whoever scores, in the manifest."""
     source = job.recipe.method.center_on
@@ -120,14 +138,7 @@ def _scale(trainer: RankingTrainer, tokenizer: Any, job: Job, train: Dataset) ->
             "data.train",
         )
     else:
-        read = read_groups(Data(train=[source], max_length=job.recipe.data.max_length), "demonstrations", 0)
-        rows, on = [], source.path
-        for group in read.train[:CENTERED_ON]:
-            prompt, answers = chat.responses(tokenizer, group)
-            if len(prompt) < job.recipe.data.max_length:
-                rows.append(
-                    {"prompt_ids": prompt, "responses": [answers[0][: job.recipe.data.max_length - len(prompt)]]}
-                )
+        rows, on = demonstrations, source.path
     found = torch.tensor([heads for group in trainer.score_all(rows) for heads in group])
     mean = found.mean(0)
     shift = -mean if source is not None else torch.zeros_like(mean)

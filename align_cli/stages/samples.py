@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from align_cli.data import chat
-from align_cli.data.prompts import sample_prompts
+from align_cli.data.prompts import as_messages, sample_prompts
+from align_cli.model.load import set_ends
 from align_cli.run.directory import write_atomically
 from align_cli.stages.job import Job
 
@@ -26,7 +27,7 @@ class Samples:
 
     def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase):
         self.job, self.tokenizer = job, tokenizer
-        self.rows = sample_prompts(job.recipe.samples) if job.recipe.samples else []
+        self.rows = sample_prompts(job.recipe.samples, tokenizer) if job.recipe.samples else []
         self.kept = job.run.path / KEPT
 
     def answer(self, trainer: Trainer, when: str) -> None:
@@ -55,8 +56,8 @@ class Samples:
 
     def _generate(self, trainer: Trainer) -> list[str]:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        texts = [chat.render(self.tokenizer, _messages(row["prompt"]), prompt=True) for row in self.rows]
-        ends, answers = chat.generation_ends(self.tokenizer), []
+        texts = [chat.render(self.tokenizer, as_messages(row["prompt"]), prompt=True) for row in self.rows]
+        ends, answers = set_ends(model, chat.generation_ends(self.tokenizer)), []
         training = model.training
         model.eval()
         with whole(model, trainer.accelerator.device), torch.no_grad(), trainer.accelerator.autocast():
@@ -94,7 +95,3 @@ def whole(model: Any, device: Any):
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(list(model.parameters()))
-
-
-def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -52,7 +52,7 @@ class Local:
         self.tokenizer = load.tokenizer(model, path)
         self.model = _loaded(model, self.tokenizer, dtype, path).to("cuda" if cuda else "cpu").eval()
         self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-        self.ends, self.asked = chat.generation_ends(self.tokenizer), recipe.generation
+        self.ends, self.asked = load.set_ends(self.model, chat.generation_ends(self.tokenizer)), recipe.generation
         self.spend = spend
 
     def units(self, conversations: Sequence[list[Message]], orders: int = 1) -> list[list[int]]:

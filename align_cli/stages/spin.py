@@ -79,7 +79,8 @@ class Spin(Rounds):
                 tally.drop(group, str(error))
                 continue
             limit = self.job.recipe.generation.max_new_tokens
-            found.append(Demonstration(group, chat.prompt_ids(self.tokenizer, group.prompt), human[:limit]))
+            prompt = chat.prompt_ids(self.tokenizer, group.prompt, group.tools)
+            found.append(Demonstration(group, prompt, human[:limit]))
         return found
 
     # -- one iteration

@@ -29,6 +29,6 @@ def run(job: Job, *, packing: bool = False, last_turn_only: bool = False) -> Out
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=peft_config(recipe.lora),
+        peft_config=peft_config(recipe.lora, load.new_tokens(tokenizer)),
     )
     return training.run_to_end(trainer, tokenizer, job, counts)

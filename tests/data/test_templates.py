@@ -273,3 +273,13 @@ def test_generation_ends_where_turns_do(tok):
     ends = chat.generation_ends(tok)
     turns = turns_of(tok, ONE)
     assert turns.ids[-1] in ends and tok.eos_token_id in ends
+
+
+def test_an_answer_that_says_nothing_still_ends(tok):
+    try:
+        ids, (answer,) = chat.responses(tok, Group(ONE[:1], [[assistant(" ")]]))
+    except chat.Unrenderable as error:
+        assert "refuses" in str(error)
+        return
+    full, (other,) = chat.responses(tok, Group(ONE[:1], [ONE[1:]]))
+    assert ids == full and len(answer) < len(other) and answer[-1] == other[-1]

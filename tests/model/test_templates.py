@@ -34,7 +34,7 @@ def render(name, messages, **more):
             "zephyr",
             "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n<|user|>\nBye</s>\n<|assistant|>\n",
         ),
-        ("plain", "<s>Be brief.\n\nHuman: Hi\n\nAssistant: Hello</s>\n\nHuman: Bye\n\nAssistant: "),
+        ("plain", "<s>Be brief.\n\nHuman: Hi\n\nAssistant: Hello</s>\n\nHuman: Bye\n\nAssistant:"),
     ],
 )
 def test_the_built_in_ones_written_out(name, expected):

@@ -1,0 +1,42 @@
+"""What a chat template refuses or loses of a recipe's rows, before anything is loaded. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from align_cli.data import spans, template
+from align_cli.data.format import Group, Need
+from align_cli.data.template import Unrenderable
+
+RENDERED = 1000
+"""First rows of a source that `align check` renders."""
+
+
+def checker(tokenizer: Any, need: Need) -> Callable[[Group], str | None]:
+    """A function that gives the reason for which a group would be left out, or None. `tokenizer` needs no more than a
+    chat template and its special tokens."""
+    rendering = template.of(tokenizer)
+
+    def refused(group: Group, kept: Any = tokenizer) -> str | None:  # a template does not keep its tokenizer alive
+        try:
+            if need == "prompts":
+                rendering.render(group.prompt, prompt=True, tools=group.tools).encode()
+            for response in group.responses:
+                messages = [*group.prompt, *response]
+                turns = [at for at in range(len(group.prompt), len(messages)) if messages[at]["role"] == "assistant"]
+                turns = [at for at in turns if messages[at].get("train", True)] or turns
+                found = spans.find(
+                    rendering,
+                    messages,
+                    turns if need == "demonstrations" else turns[-1:],
+                    group.tools,
+                )
+                found.text.encode()
+        except Unrenderable as error:
+            return str(error)
+        except UnicodeEncodeError:
+            return template.HALF
+        return None
+
+    return refused
