@@ -203,7 +203,13 @@ def test_turns_marked_untrained(case):
 def test_winner_by_index(case):
     notes = check()
     assert "1 rows read, 1 used" in notes[0] or "columns: { better: better_response_id }" in notes[0]
-    assert "1 rows read, 1 used, 0 dropped" in check("data.train.0.columns.better=better_response_id")[0]
+    recipe = Path("recipe.yaml").read_text()
+    Path("recipe.yaml").write_text(
+        recipe.replace("train: rows.jsonl", "train: { path: rows.jsonl, columns: { better: better_response_id } }")
+    )
+    assert check() == ["rows.jsonl (winner): 1 rows read, 1 used, 0 dropped"]
+    Path("stage.txt").write_text("show dpo")
+    assert show()[1] == [f"Warm the lid.{END}", f"Smash it.{END}"]
 
 
 # -- templates

@@ -9,6 +9,9 @@ from typing import Any
 from align_cli.data.turns import Dropped
 from align_cli.recipe.constitution import Constitution
 
+UNREAD = 12
+"""Columns that are listed by name."""
+
 
 @dataclass
 class Count:
@@ -34,6 +37,10 @@ class Count:
     """Whether only the first part of the source was read."""
     shared: bool = False
     """Whether the recipe names the same path more than once, so that the path alone does not tell which this is."""
+    unread: list[str] = field(default_factory=list)
+    """Columns of the source, and keys of its turns, that nobody reads."""
+    ranked: int = 0
+    """Rows whose scores are the numbers from 1 to K, as ranks are."""
     pairs: dict[str, int] = field(default_factory=dict)
     """Pairs that the rows used give, by `method.pairs`, or labelled responses, by `method.split`."""
 
@@ -54,6 +61,11 @@ class Count:
         lines = [f"  {rows} {reason}, first at {self.first[reason]}" for reason, rows in reasons]
         if self.repeated:
             lines.append(f"  {self.repeated} repeated responses left out of rows that are used")
+        if self.ranked and self.ranked == self.rows_used:
+            lines.append("  warning: scores are 1…K in every row; if 1 is the best, write `columns: { ranks: scores }`")
+        if self.unread:
+            more = f" and {len(self.unread) - UNREAD} more" if len(self.unread) > UNREAD else ""
+            lines.append(f"  columns that nobody reads: {', '.join(self.unread[:UNREAD])}{more}")
         return [f"{head}, {dropped} dropped", *lines]
 
     def as_manifest(self) -> dict[str, Any]:

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from align_cli.data import turns
+from align_cli.data import turns, winners
 from align_cli.data.count import Count
+from align_cli.data.messages import PICTURES, parsed, tools_of
+from align_cli.data.template import THOUGHT
 from align_cli.data.turns import QUESTIONS, Broken, Dropped, Empty, Message
 from align_cli.errors import did_you_mean
 from align_cli.recipe.sections import Source
@@ -46,6 +48,8 @@ class Group:
 
 
 WANTS: dict[str, tuple[str, ...]] = {
+    "winner": ("prompt", "better"),
+    "ranked": ("prompt", "responses", "ranks"),
     "scored": ("prompt", "responses", "scores"),
     "ranking": ("prompt", "responses"),
     "kto": ("prompt", "completion", "label"),
@@ -65,11 +69,11 @@ carry such columns from all kinds of raters."""
 
 SERVES: dict[Need, tuple[str, ...]] = {
     "demonstrations": (
-        *("messages", "sharegpt", "prompt-completion", "alpaca", "scored", "ranking"),
-        *("hh", "preference", "implicit-prompt"),
+        *("messages", "sharegpt", "prompt-completion", "alpaca", "ranked", "scored", "ranking"),
+        *("hh", "preference", "implicit-prompt", "winner"),
     ),
-    "preferences": ("scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
-    "labels": ("kto", "scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
+    "preferences": ("winner", "ranked", "scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
+    "labels": ("kto", "winner", "ranked", "scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
     "prompts": ("hh", "alpaca", "prompt", "sharegpt", "messages", "implicit-prompt"),
 }
 """Need -> the formats that serve it, in the order in which they are tried. Files often fit several: with
@@ -90,6 +94,7 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
         for name, value in row.items():
             if value is not None and columns.get(name, "") in ("", []):
                 columns[name] = value
+    turns.refuse_pictures(columns)
     found = [name for name in WANTS if _fits(name, columns, need)]
     if source.format:
         return _named(source.format, columns, need)
@@ -101,6 +106,17 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
         )
     if serving:
         return serving[0]
+    names = list(columns)
+    if named := _winner_named(columns, need):
+        raise Broken(
+            f"holds two answers, {named[0]} and {named[1]}, and '{named[2]}' may say which is better; write"
+            f" `columns: {{ better: {named[2]} }}` in the source"
+        )
+    if need in ("preferences", "labels") and _has(columns, "chosen", "rejected") and "prompt" not in columns:
+        raise Broken(
+            "has no prompt beside chosen and rejected, which are no conversations; add a column 'prompt'"
+            f"{did_you_mean('prompt', names)}"
+        )
     has = ", ".join(columns) or "(none)"
     if any(column in columns for name in found for column in WANTS[name]):
         raise Broken(
@@ -112,12 +128,11 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
             f"no format has the columns {has}; {need} need {NEEDS[need]};"
             f" rename with `columns: {{{NEEDS[need].split()[0].strip(',')}: their_name}}`"
         )
-    missing = [column for column in WANTS[nearest] if column not in columns]
+    missing = [column for column in WANTS[nearest] if column not in columns] or list(WANTS[nearest])
     guess = next((hint for column in missing if (hint := did_you_mean(column, list(columns)))), "")
     raise Broken(
-        f"no format has the columns {has}; the nearest, {nearest}, wants"
-        f" {', '.join(WANTS[nearest])}{guess.rstrip('?')}; rename with"
-        f" `columns: {{{(missing or WANTS[nearest])[0]}: their_name}}`"
+        f"no format has the columns {has}; the nearest, {nearest}, lacks {', '.join(missing)}{guess.rstrip('?')};"
+        f" rename with `columns: {{{missing[0]}: their_name}}`"
     )
 
 
@@ -145,9 +160,83 @@ def _fits(name: str, columns: Row, need: Need) -> bool:
             return pair and "prompt" not in columns and isinstance(columns["chosen"], list)
         case "sharegpt" if need in ("preferences", "labels"):
             return pair and "conversations" in columns
+        case "winner":
+            two = isinstance(columns.get("responses"), list) and len(columns["responses"]) == 2
+            return _has(columns, "prompt", "better") and (two or winners.pair(columns) is not None)
         case "kto":
             return _has(columns, *WANTS["kto"]) and turns.truth(columns["label"]) is not None
     return _has(columns, *WANTS[name])
+
+
+def _winner_named(columns: Row, need: Need) -> tuple[str, str, str] | None:
+    """Two answers and a column that may name the better one."""
+    pair = winners.pair(columns) if need in ("preferences", "labels") else None
+    near = next((name for name in (*winners.RECOGNISED, *winners.SUSPECTED) if name in columns), None)
+    return (*pair, near) if pair and near else None
+
+
+def normalised(row: Row, source: Source) -> Row:
+    """The row with what stands as text, or under the columns of another format, where ours are."""
+    row = parsed(row)
+    more: Row = {}
+    answered = any(name in row for name in ("chosen", "completion", "responses", "better")) or winners.pair(row)
+    if row.get("prompt") is None and answered:
+        if isinstance(row.get("instruction"), str) and "output" not in row:
+            more["prompt"] = turns.alpaca_prompt(row) if row.get("history") else _joined(row, "instruction")
+        elif isinstance(held := row.get("messages"), list) and held and _role(held[-1]) in ("user", "tool"):
+            more["prompt"] = held
+        elif "question" in row and "answer" not in row:
+            more["prompt"] = row["question"]
+    elif source.columns.get("prompt") == "instruction" and isinstance(row.get("prompt"), str):
+        more["prompt"] = _joined(row, "prompt")
+    if "better" not in row and winners.pair(row):
+        found = next((name for name in winners.RECOGNISED if row.get(name) is not None), None)
+        more |= {"better": row[found]} if found else {}
+    elif any(word in source.columns.get("better", "") for word in winners.STRENGTHS):
+        more[turns.STRENGTH] = True
+    return row | more if more else row
+
+
+def _joined(row: Row, column: str) -> str:
+    """An instruction with its input, as Alpaca's rows are read."""
+    more = row.get("input")
+    return f"{row[column]}\n\n{more}" if isinstance(more, str) and more.strip() else row[column]
+
+
+def _role(turn: Any) -> str:
+    return str(turn.get("role", "")) if isinstance(turn, dict) else ""
+
+
+def read_columns(name: str, need: Need, source: Source) -> set[str]:
+    """The columns that a format reads, by our names."""
+    always = {*turns.SYSTEM, *PICTURES, turns.STRENGTH}
+    asked = {"prompt", "instruction", "input", "history", "question", "tools", "functions"}
+    if need == "prompts":
+        return (
+            always
+            | asked
+            | ({"messages", "conversations"} & set(WANTS[name]))
+            | ({"chosen"} if name in ("hh", "implicit-prompt") else set())
+        )
+    own = set(WANTS[name]) | ({"probability"} if need == "preferences" else set())
+    match name:
+        case "messages" | "sharegpt":
+            own |= {"tools", "functions"}
+        case "alpaca":
+            own |= {"input", "history", "tools", "functions"}
+        case "winner":
+            own |= {stem + end for stem in winners.ANSWERS for ends in winners.ENDS for end in ends} | {"responses"}
+            own |= set(winners.RECOGNISED) | {"instruction", "input", "tools"}
+        case _:
+            own |= {"instruction", "tools", "functions"}
+            own |= {"input", "history"} if "prompt" in WANTS[name] else set()
+    if name in ("preference", "winner") or (name == "sharegpt" and need != "demonstrations"):
+        own |= {"messages", "chosen", "rejected"}
+    if name == "scored":
+        own |= {"score_chosen", "score_rejected", "chosen", "rejected"}
+    if name == "hh":
+        own |= {"prompt"}
+    return always | own
 
 
 def _named(name: str, columns: Row, need: Need) -> str:
@@ -176,12 +265,15 @@ def _named(name: str, columns: Row, need: Need) -> str:
 
 def to_group(row: Row, place: str, name: str, need: Need, drop_empty: bool = False) -> Group:
     """The group of a row in the named format. Raises Broken and Dropped."""
+    turns.refuse_pictures(row)
+    tools = tools_of(row)
     if need == "prompts":
-        prompt = _prompt_alone(row, name)
+        prompt = turns.with_system(row, _prompt_alone(row, name))
         _check_prompt(prompt)
-        return Group(prompt, [], place=place)
+        return Group(prompt, [], place=place, tools=tools)
     try:
         draft = turns.draft(row, name)
+        draft.prompt = turns.with_system(row, draft.prompt)
         _check_prompt(draft.prompt)
         for response, label in zip(draft.responses, draft.names, strict=True):
             _check_response(response, label)
@@ -191,7 +283,8 @@ def to_group(row: Row, place: str, name: str, need: Need, drop_empty: bool = Fal
         raise Broken(f"{error} is empty; remove the row or set data.drop_empty=true") from None
     # a ranking gives labels, too: its best response is a good one
     compared = need == "preferences" or (need == "labels" and draft.label is None)
-    return _ordered(draft, place, compared, _probability(row, draft) if compared else None)
+    group = _ordered(draft, place, compared, _probability(row, draft) if compared else None)
+    return replace(group, tools=tools) if tools else group
 
 
 def _probability(row: Row, draft: turns.Draft) -> float | None:
@@ -199,18 +292,21 @@ def _probability(row: Row, draft: turns.Draft) -> float | None:
     value = row.get("probability")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    found = turns.number(value)
+    if found is None or not 0 <= found <= 1:
         raise Broken(
             f"'probability' is {value!r:.40}; it must be a number from 0 to 1: that the first response is better"
         )
     if len(draft.responses) != 2:
         raise Broken(f"'probability' stands beside {len(draft.responses)} responses; it labels a pair")
-    return float(value)
+    return found
 
 
 def _check_prompt(prompt: list[Message]) -> None:
     """Raises Dropped for a prompt that nothing can answer."""
     if not prompt or not prompt[-1]["content"].strip():
+        if prompt and prompt[-1]["role"] == "assistant":
+            raise Dropped("the prompt does not end with a user turn", prompt[0]["content"])
         raise Dropped("empty prompt", prompt[0]["content"] if prompt else "")
     if prompt[-1]["role"] not in ("user", "tool"):
         raise Dropped("the prompt does not end with a user turn", prompt[-1]["content"])
@@ -218,11 +314,16 @@ def _check_prompt(prompt: list[Message]) -> None:
 
 def _check_response(response: list[Message], name: str) -> None:
     """Raises Empty for a response without text, Dropped for one that is not the assistant's."""
-    if not response or any(turn["role"] == "assistant" and not turn["content"].strip() for turn in response):
+    if not response or any(turn["role"] == "assistant" and _silent(turn) for turn in response):
         raise Empty(name)
     if response[0]["role"] != "assistant" or response[-1]["role"] != "assistant":
         which = "begin" if response[0]["role"] != "assistant" else "end"
         raise Dropped(f"the response does not {which} with an assistant turn", response[-1]["content"])
+
+
+def _silent(turn: Message) -> bool:
+    """Whether an assistant turn says nothing: no text, no call, no thought."""
+    return not (turn["content"].strip() or turn.get("tool_calls") or turn.get(THOUGHT))
 
 
 def _ordered(draft: turns.Draft, place: str, compared: bool, probability: float | None = None) -> Group:
@@ -260,9 +361,7 @@ def _prompt_alone(row: Row, name: str) -> list[Message]:
         case "messages" | "sharegpt":
             column = "messages" if name == "messages" else "conversations"
             conversation = turns.messages(turns.cell(row, column), f"'{column}'", sharegpt=name == "sharegpt")
-            if name == "sharegpt":
-                conversation = turns.system_turn(row) + conversation
-            ends_asking = conversation and conversation[-1]["role"] == "user"
+            ends_asking = conversation and conversation[-1]["role"] in ("user", "tool")
             return conversation if ends_asking else turns.split_first(conversation)[0]
         case "implicit-prompt":
             return turns.split_last(turns.messages(turns.cell(row, "chosen"), "'chosen'"))[0]
@@ -273,4 +372,6 @@ def _prompt_alone(row: Row, name: str) -> list[Message]:
         case "alpaca":
             return turns.alpaca_prompt(row)
     column = next((column for column in QUESTIONS if row.get(column) is not None), "prompt")
-    return turns.said(turns.cell(row, column), f"'{column}'", "user")
+    if column != "prompt" and isinstance(row.get(column), str):
+        return turns.asked(_joined(row, column), f"'{column}'")
+    return turns.asked(turns.cell(row, column), f"'{column}'")

@@ -13,9 +13,10 @@ from typing import Any
 
 from align_cli.data import refusals
 from align_cli.data.count import Count
-from align_cli.data.format import Group, Need, recognise, to_group
+from align_cli.data.format import Group, Need, Row, normalised, read_columns, recognise, to_group
 from align_cli.data.kinds import note_kinds, text_columns
 from align_cli.data.load import Report, files, fingerprint, is_local, read_rows, refuse
+from align_cli.data.messages import unread_keys
 from align_cli.data.split import (
     canonical,
     content,
@@ -181,7 +182,11 @@ def _groups_of(
         broken(line)
         report(line)
 
-    rows = read_rows(source, tell, max_bytes=max_bytes, streaming=data.streaming)
+    seen, strange = {}, set()
+    rows = (
+        (place, _watched(row, source, seen, strange))
+        for place, row in read_rows(source, tell, max_bytes=max_bytes, streaming=data.streaming)
+    )
     sample = list(islice(rows, SAMPLE))
     if not sample:
         if not broken.total:
@@ -217,6 +222,7 @@ def _groups_of(
                 prompt, responses = without_thoughts(group.prompt), [without_thoughts(r) for r in group.responses]
                 group = replace(group, prompt=prompt, responses=responses)
             count.rows_used += 1
+            count.ranked += count.format == "scored" and _like_ranks(group)
             if refused is not None and count.rows_read <= refusals.RENDERED and (why := refused(group)):
                 count.lose(place, Dropped(why, group.prompt[-1]["content"]))
             if need == "preferences":
@@ -228,8 +234,24 @@ def _groups_of(
             if need in ("preferences", "labels") and "responses" in columns and isinstance(row.get("responses"), list):
                 count.repeated += len(row["responses"]) - len(group.responses)
             yield replace(group, count=count, cells={name: row[name] for name in cells})
+    read = read_columns(count.format, need, source) | set(cells)
+    count.unread = [name for name in seen if name not in read] + [f"{key} of turns" for key in sorted(strange)]
     for line in count.too_many_dropped(data.max_dropped):
         tell(line)
+
+
+def _like_ranks(group: Group) -> bool:
+    """Whether the scores of K > 2 responses are the numbers from 1 to K."""
+    scores = group.scores or []
+    return len(scores) > 2 and sorted(scores) == list(range(1, len(scores) + 1))
+
+
+def _watched(row: Row, source: Source, seen: dict[str, None], strange: set[str]) -> Row:
+    """The row in our terms; notes its columns, and the keys of its turns that nobody reads."""
+    seen |= dict.fromkeys(name for name, value in row.items() if value is not None)
+    row = normalised(row, source)
+    strange |= unread_keys(row)
+    return row
 
 
 def _counts(data: Data) -> list[Count]:

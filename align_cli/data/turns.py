@@ -12,35 +12,55 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-Message = dict[str, str]
+from align_cli.data import winners
+from align_cli.data.messages import PICTURES, messages
+from align_cli.data.template import Message
+from align_cli.data.trouble import MESSAGES, STRING, Broken, Dropped, Empty, kind
+
+__all__ = ["MESSAGES", "STRING", "Broken", "Draft", "Dropped", "Empty", "Message", "draft", "kind", "messages", "said"]
+
 Row = dict[str, Any]
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 HH_MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """Begins a turn of an hh-rlhf dialogue; `Human:` inside a line is text, as published rows show."""
 
 QUESTIONS = ("prompt", "question", "instruction")
 """Columns that a file of prompts may keep them in."""
+SYSTEM = ("system", "system_prompt")
+"""Columns that hold a system turn."""
 PAIR = ("'chosen'", "'rejected'")
-STRING, MESSAGES = "a string", "a list of messages"
-WORDS = {str: STRING, dict: "an object", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
-
-
-class Broken(Exception):
-    """A row that keeps the run from starting; says what was found and what to do, without the place."""
-
-
-class Dropped(Exception):
-    """A row that is left out and counted."""
-
-    def __init__(self, reason: str, example: str = ""):
-        super().__init__(reason)
-        self.reason, self.example = reason, example
-
-
-class Empty(Exception):
-    """A response without text; says which."""
+STRENGTH = "better is a strength"
+"""Set by `normalised` beside `better` where its column says by how much."""
+GOOD = (
+    "true",
+    "1",
+    "yes",
+    "good",
+    "👍",
+    "thumbs_up",
+    "thumbs up",
+    "up",
+    "positive",
+    "chosen",
+    "desirable",
+    "like",
+    "liked",
+)
+BAD = (
+    "false",
+    "0",
+    "-1",
+    "no",
+    "bad",
+    "👎",
+    "thumbs_down",
+    "thumbs down",
+    "down",
+    "negative",
+    "rejected",
+    "undesirable",
+)
+BAD = (*BAD, "dislike", "disliked")
 
 
 @dataclass
@@ -54,44 +74,20 @@ class Draft:
     label: bool | None = None
 
 
-def kind(value: Any) -> str:
-    """What a cell holds, in words."""
-    if not isinstance(value, list):
-        return WORDS.get(type(value), type(value).__name__)
-    held = {type(item) for item in value}
-    if len(held) != 1:
-        return "a list of mixed types" if held else "an empty list"
-    return {dict: MESSAGES, str: "a list of strings"}.get(held.pop(), "a list of something else")
-
-
-def messages(value: Any, name: str, *, sharegpt: bool = False) -> list[Message]:
-    """The messages of a list of {role, content}, or of {from, value} for ShareGPT. Raises Broken."""
-    if not isinstance(value, list):
-        raise Broken(f"{name} is {kind(value)}; it must be a list of {{role, content}}")
-    return [_message(turn, f"turn {number} of {name}", sharegpt) for number, turn in enumerate(value, 1)]
-
-
-def _message(turn: Any, where: str, sharegpt: bool) -> Message:
-    if not isinstance(turn, dict):
-        raise Broken(f"{where} is {kind(turn)}; it must be an object {{role, content}}")
-    role_key, text_key = ("from", "value") if sharegpt and "from" in turn else ("role", "content")
-    for key in (role_key, text_key):
-        if not isinstance(turn.get(key), str):
-            found = f"a {key} that is {kind(turn[key])}" if key in turn else f"no {key} (only {', '.join(turn)})"
-            raise Broken(f"{where} has {found}; each turn is {{{role_key}, {text_key}}}, both strings")
-    roles = SHAREGPT_ROLES if sharegpt else ROLES
-    if turn[role_key] not in roles:
-        raise Broken(f"{where} has the unknown {role_key} '{turn[role_key]}'; known are {', '.join(roles)}")
-    return {"role": roles[turn[role_key]], "content": turn[text_key]}
-
-
 def said(value: Any, name: str, role: str) -> list[Message]:
     """A string as one message of that role, a list as its messages. Raises Broken."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    if not isinstance(value, list):
+    if not isinstance(value, (list, dict)):
         raise Broken(f"{name} is {kind(value)}; it must be a string or a list of {{role, content}}")
     return messages(value, name)
+
+
+def asked(value: Any, name: str = "'prompt'") -> list[Message]:
+    """The prompt in a cell: a string, messages, or an hh-rlhf dialogue up to the reply. Raises Broken."""
+    if is_hh(value) and "\n\nAssistant:" in value:
+        return hh_prompt(value)
+    return said(value, name, "user")
 
 
 def is_hh(value: Any) -> bool:
@@ -114,9 +110,13 @@ def split_last(conversation: list[Message]) -> tuple[list[Message], list[Message
 
 
 def split_first(conversation: list[Message]) -> tuple[list[Message], list[Message]]:
-    """(prompt, response) of a conversation, the response beginning with its first assistant turn."""
-    end = next((at for at, turn in enumerate(conversation) if turn["role"] == "assistant"), len(conversation))
-    return conversation[:end], conversation[end:]
+    """(prompt, response) of a conversation, the response from the first assistant turn that has a question before it
+    to the last one."""
+    roles = [turn["role"] for turn in conversation]
+    asks = next((at for at, role in enumerate(roles) if role in ("user", "tool")), len(roles))
+    begin = next((at for at in range(asks, len(roles)) if roles[at] == "assistant"), len(roles))
+    end = len(roles) - next((back for back, role in enumerate(reversed(roles)) if role == "assistant"), 0)
+    return conversation[:begin], conversation[begin:end]
 
 
 def after_prompt(prompt: list[Message], response: list[Message], name: str) -> list[Message]:
@@ -159,7 +159,7 @@ def draft(row: Row, name: str) -> Draft:
         case "alpaca":
             return Draft(alpaca_prompt(row), [said(cell(row, "output"), "'output'", "assistant")], ("'output'",))
         case "prompt-completion" | "kto":
-            prompt, completion = said(cell(row, "prompt"), "'prompt'", "user"), "'completion'"
+            prompt, completion = asked(cell(row, "prompt")), "'completion'"
             response = after_prompt(prompt, said(cell(row, "completion"), completion, "assistant"), completion)
             return Draft(prompt, [response], (completion,), label=_label(row) if name == "kto" else None)
         case "hh":
@@ -168,11 +168,13 @@ def draft(row: Row, name: str) -> Draft:
             return shared_prompt(*(messages(cell(row, column), f"'{column}'") for column in ("chosen", "rejected")))
         case "preference":
             return _preference(row)
+        case "winner":
+            return _winner(row)
         case "scored" if "responses" not in row:
             pair = _preference(row)
             pair.scores = [_score(cell(row, column), f"'{column}'") for column in ("score_chosen", "score_rejected")]
             return pair
-    return _ranking(row, scored=name == "scored")
+    return _ranking(row, {"scored": "scores", "ranked": "ranks"}.get(name))
 
 
 def cell(row: Row, column: str) -> Any:
@@ -190,21 +192,41 @@ def text_cell(row: Row, column: str) -> str:
     return value
 
 
-def system_turn(row: Row) -> list[Message]:
-    """The system message that Alpaca and ShareGPT files keep in a column of its own."""
-    text = row.get("system")
-    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+def with_system(row: Row, prompt: list[Message]) -> list[Message]:
+    """The prompt behind the system turn that a file keeps in a column of its own. Raises Broken."""
+    text = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), None)
+    if text is None:
+        return prompt
+    if prompt[:1] and prompt[0]["role"] == "system":
+        if prompt[0]["content"].strip() == text.strip():
+            return prompt
+        raise Broken("the conversation's system turn is not what the column 'system' says; remove one of the two")
+    return [{"role": "system", "content": text}, *prompt]
+
+
+def refuse_pictures(row: Row) -> None:
+    """Raises Broken for a row with pictures beside its text."""
+    for name in PICTURES:
+        if row.get(name):
+            raise Broken(
+                f"'{name}' is not used, and its marks (<image>) would be trained as text; remove such rows, or the "
+                "column and the marks"
+            )
 
 
 def _conversation(conversation: list[Message], name: str) -> Draft:
     prompt, response = split_first(conversation)
     if not response:
-        raise Dropped("no assistant turn", prompt[-1]["content"] if prompt else "")
+        opened = any(turn["role"] == "assistant" for turn in conversation)
+        why = "an assistant turn without a question before it" if opened else "no assistant turn"
+        raise Dropped(why, prompt[-1]["content"] if prompt else "")
+    if not any(turn.get("train", True) for turn in response if turn["role"] == "assistant"):
+        raise Dropped("no turn is to be trained", response[-1]["content"])
     return Draft(prompt, [response], (f"an assistant turn of {name}",))
 
 
 def _sharegpt(row: Row) -> Draft:
-    conversation = system_turn(row) + messages(cell(row, "conversations"), "'conversations'", sharegpt=True)
+    conversation = messages(cell(row, "conversations"), "'conversations'", sharegpt=True)
     if "chosen" not in row or "rejected" not in row:
         return _conversation(conversation, "'conversations'")
     # LLaMA-Factory's preferences: the conversation ends with the question, each answer is one turn beside it.
@@ -217,19 +239,19 @@ def _answer(value: Any, name: str) -> list[Message]:
 
 
 def alpaca_prompt(row: Row) -> list[Message]:
-    asked = [text_cell(row, column) for column in ("instruction", "input") if row.get(column) is not None]
-    if not asked:
+    parts = [text_cell(row, column) for column in ("instruction", "input") if row.get(column) is not None]
+    if not parts:
         cell(row, "instruction")
-    before = system_turn(row)
+    before: list[Message] = []
     for turn in row.get("history") or []:
         if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
             raise Broken("'history' must be a list of [question, answer] pairs of strings; mend or remove it")
         before += said(turn[0], "'history'", "user") + said(turn[1], "'history'", "assistant")
-    return [*before, {"role": "user", "content": "\n\n".join(text for text in asked if text.strip())}]
+    return [*before, {"role": "user", "content": "\n\n".join(text for text in parts if text.strip())}]
 
 
 def _preference(row: Row) -> Draft:
-    prompt = said(cell(row, "prompt"), "'prompt'", "user")
+    prompt = asked(cell(row, "prompt"))
     both = [said(cell(row, column), f"'{column}'", "assistant") for column in ("chosen", "rejected")]
     if isinstance(row["prompt"], str) and any(response and response[0]["role"] != "assistant" for response in both):
         # ultrafeedback_binarized: a prompt string beside whole conversations, which may hold more turns than it.
@@ -248,8 +270,8 @@ def _hh(row: Row) -> Draft:
             raise Broken(f"{name} is no dialogue of '\\n\\nHuman: … \\n\\nAssistant: …'; mend or remove the row")
     # A reply alone may begin with `Human:` too, where the published model spoke for both.
     if prompt is None or all(is_hh(text) and "\n\nAssistant:" in text for text in (chosen, rejected)):
-        asked = None if prompt is None else hh_prompt(prompt)[-1]["content"]
-        return shared_prompt(dialogue(chosen), dialogue(rejected), asked)
+        question = None if prompt is None else hh_prompt(prompt)[-1]["content"]
+        return shared_prompt(dialogue(chosen), dialogue(rejected), question)
     answers = [[{"role": "assistant", "content": text.strip()}] for text in (chosen, rejected)]
     return Draft(hh_prompt(prompt), answers, PAIR)
 
@@ -261,38 +283,68 @@ def hh_prompt(prompt: Any) -> list[Message]:
     return spoken[:-1] if open_end and len(spoken) > 1 else spoken
 
 
-def _ranking(row: Row, scored: bool) -> Draft:
-    prompt, listed = said(cell(row, "prompt"), "'prompt'", "user"), cell(row, "responses")
+def _winner(row: Row) -> Draft:
+    cell(row, "better")
+    both, names = winners.answers(row)
+    index, margin = winners.better(row, names, bool(row.get(STRENGTH)))
+    order = [index, 1 - index]
+    labels = tuple(f"'{names[at]}'" for at in order)
+    prompt = asked(cell(row, "prompt"))
+    spoken = [said(both[at], label, "assistant") for at, label in zip(order, labels, strict=True)]
+    responses = [after_prompt(prompt, response, label) for response, label in zip(spoken, labels, strict=True)]
+    return Draft(prompt, responses, labels, None if margin is None else [margin, 0.0])
+
+
+def _ranking(row: Row, column: str | None) -> Draft:
+    """Responses best first, or with the scores or ranks of a column."""
+    prompt, listed = asked(cell(row, "prompt")), cell(row, "responses")
     if not isinstance(listed, list):
         raise Broken(f"'responses' is {kind(listed)}; it must be a list")
     names = tuple(f"response {number} of 'responses'" for number in range(1, len(listed) + 1))
     said_all = [said(item, name, "assistant") for item, name in zip(listed, names, strict=True)]
     responses = [after_prompt(prompt, response, name) for response, name in zip(said_all, names, strict=True)]
-    if not scored:
+    if column is None:
         return Draft(prompt, responses, names)
-    scores = cell(row, "scores")
-    if not isinstance(scores, list):
-        raise Broken(f"'scores' is {kind(scores)}; it must be a list of numbers")
-    if len(scores) != len(responses):
-        raise Broken(f"{len(responses)} responses, but {len(scores)} scores; give one a response")
-    values = [_score(score, f"score {number} of 'scores'") for number, score in enumerate(scores, 1)]
-    return Draft(prompt, responses, names, values)
+    given = cell(row, column)
+    if not isinstance(given, list):
+        raise Broken(f"'{column}' is {kind(given)}; it must be a list of numbers")
+    if len(given) != len(responses):
+        raise Broken(f"{len(responses)} responses, but {len(given)} {column}; give one a response")
+    values = [_score(value, f"{column[:-1]} {number} of '{column}'") for number, value in enumerate(given, 1)]
+    # the first of a ranking is the best
+    return Draft(prompt, responses, names, [-value for value in values] if column == "ranks" else values)
+
+
+def number(value: Any) -> float | None:
+    """The number in a cell, which a CSV file holds as text; None for anything else, and for what is too large."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _score(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Broken(f"{name} is {kind(value)}; it must be a number")
-    return float(value)
+    found = number(value)
+    if found is None:
+        raise Broken(
+            f"{name} is {kind(value) if not isinstance(value, str) else repr(value)[:40]}; it must be a number"
+        )
+    return found
 
 
 def truth(value: Any) -> bool | None:
-    """The label a cell says, None if it says none; CSV files hold it as text."""
-    text = str(value).lower() if isinstance(value, (bool, int, str)) else ""
-    return {"true": True, "1": True, "false": False, "0": False}.get(text)
+    """The label a cell says, None if it says none; CSV files hold it as text, pandas as 1.0."""
+    text = str(value).strip().lower() if isinstance(value, (bool, int, float, str)) else ""
+    text = text.removesuffix(".0")
+    return True if text in GOOD else False if text in BAD else None
 
 
 def _label(row: Row) -> bool:
     label = truth(cell(row, "label"))
     if label is None:
-        raise Broken(f"'label' is {row['label']!r:.40}; it must be true or false")
+        raise Broken(
+            f"'label' is {row['label']!r:.40}; it may be true or false, 1 or 0, yes or no, good or bad, 👍 or 👎"
+        )
     return label

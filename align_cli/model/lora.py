@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from align_cli.model import kind, templates
 from align_cli.recipe.sections import Lora
 
 
-def peft_config(lora: Lora | None, new_tokens: list[str], task: str = "CAUSAL_LM") -> LoraConfig | None:
+def peft_config(lora: Lora | None, new_tokens: Sequence[str] = (), task: str = "CAUSAL_LM") -> LoraConfig | None:
     """PEFT's form of the recipe's `lora:` section. With task SEQ_CLS the head is trained and saved too; with any other
     a reward model's head would stay as it was drawn. Raises UpstreamError if the chat template added tokens to the
     vocabulary: their rows of the embedding and of the head would stay as they were drawn."""
     if lora is None:
         return None
     if new_tokens:
-        raise UpstreamError(templates.frozen(new_tokens))
+        raise UpstreamError(templates.frozen(list(new_tokens)))
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

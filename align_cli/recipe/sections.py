@@ -71,6 +71,8 @@ class Source:
             "hh",
             "ranking",
             "scored",
+            "ranked",
+            "winner",
             "kto",
             "prompt",
         ]
@@ -79,7 +81,7 @@ class Source:
     """Row format; null recognises it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: {our column: their column}, for files whose columns have other names; `completions[].response` reaches
-    into a list of objects."""
+    into a list of objects. `better` names the column that says which of two answers is the better one."""
 
 
 def as_source(value: Any) -> Any:

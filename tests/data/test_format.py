@@ -257,15 +257,10 @@ def test_a_topic_label_does_not_make_a_kto_file_but_a_truth_does():
         ("preferences", {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "all scores are equal"),
         ("preferences", {"prompt": "q", "responses": ["a", "b"], "scores": [1, float("nan")]}, "a score is NaN"),
         ("demonstrations", {"prompt": " \n", "completion": "a"}, "empty prompt"),
-        ("demonstrations", {"messages": [bot("a")]}, "empty prompt"),
+        ("demonstrations", {"messages": [bot("a")]}, "an assistant turn without a question before it"),
         ("demonstrations", {"messages": []}, "no assistant turn"),
         ("demonstrations", {"messages": [user("q")]}, "no assistant turn"),
-        ("demonstrations", {"messages": [SYSTEM, bot("a")]}, "the prompt does not end with a user turn"),
-        (
-            "demonstrations",
-            {"messages": [user("q"), bot("a"), user("r")]},
-            "the response does not end with an assistant turn",
-        ),
+        ("demonstrations", {"messages": [SYSTEM, bot("a")]}, "an assistant turn without a question before it"),
         (
             "demonstrations",
             {"prompt": [user("q")], "completion": [user("q"), SYSTEM, bot("a")]},
@@ -332,7 +327,7 @@ def test_empty_responses_are_broken_or_dropped(need, make, name, blank):
         (
             "demonstrations",
             {"messages": [user("q"), {"role": "assistant", "content": [{"type": "text"}]}]},
-            "turn 2 of 'messages' has a content that is a list of messages; each turn is {role, content}, both strings",
+            "turn 2 of 'messages' has a part of type 'text' without a text; mend or remove the row",
         ),
         (
             "demonstrations",
@@ -342,8 +337,8 @@ def test_empty_responses_are_broken_or_dropped(need, make, name, blank):
         (
             "demonstrations",
             {"conversations": [{"from": "cat", "value": "miaow"}]},
-            "turn 1 of 'conversations' has the unknown from 'cat'; known are system, user, assistant, tool, human, gpt,"
-            " chatgpt",
+            "turn 1 of 'conversations' has the unknown from 'cat'; known are human, gpt, system, observation,"
+            " function_call",
         ),
         (
             "preferences",
@@ -368,8 +363,8 @@ def test_empty_responses_are_broken_or_dropped(need, make, name, blank):
         ),
         (
             "preferences",
-            {"prompt": "q", "responses": ["a", "b"], "scores": [1, "2"]},
-            "score 2 of 'scores' is a string; it must be a number",
+            {"prompt": "q", "responses": ["a", "b"], "scores": [1, "two"]},
+            "score 2 of 'scores' is 'two'; it must be a number",
         ),
         (
             "preferences",
@@ -394,7 +389,7 @@ def test_what_is_broken(need, row, said):
 
 def test_a_label_or_a_column_may_be_missing_from_a_single_row():
     row = {"prompt": "q", "completion": "a", "label": "maybe"}
-    with pytest.raises(Broken, match="^'label' is 'maybe'; it must be true or false$"):
+    with pytest.raises(Broken, match="^'label' is 'maybe'; it may be true or false, 1 or 0, yes or no"):
         to_group(row, "x:1", "kto", "labels")
     with pytest.raises(
         Broken, match=r"^'rejected' is missing or null \(has prompt, chosen\); add it or remove the row$"
@@ -440,14 +435,14 @@ def test_a_column_keeps_its_kind_over_the_rows():
             "demonstrations",
             {"prompts": "q", "completion": "a"},
             None,
-            ["no format has the columns prompts, completion;", "nearest, prompt-completion, wants prompt, completion,"]
+            ["no format has the columns prompts, completion;", "nearest, prompt-completion, lacks prompt, did you mean"]
             + ["did you mean 'prompts'", "`columns: {prompt: their_name}`"],
         ),
         (
             "preferences",
             {"chosen": "a", "rejected": "b"},
             None,
-            ["no format has the columns chosen, rejected; the nearest"],
+            ["has no prompt beside chosen and rejected, which are no conversations; add a column 'prompt'"],
         ),
         ("demonstrations", {}, None, ["no format has the columns (none);"]),
         (

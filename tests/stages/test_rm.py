@@ -232,7 +232,7 @@ def test_a_reward_model_is_no_parent(trained, folder):
         ([{"prompt": "a", "responses": ["b"]}] * 4, "a single response"),
         ([{"prompt": "a", "responses": ["b", "b"]}] * 4, "fewer than two distinct responses"),
         ([{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]}] * 4, "all scores are equal"),
-        ([{"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]}] * 4, "a score is NaN"),
+        ([{"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]}] * 4, "NaN"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c", "probability": 1.5}] * 4, "probability"),
     ],
 )
