@@ -215,3 +215,24 @@ def test_a_run_that_never_began_leaves_nothing_and_one_that_did_stays(project, s
     with pytest.raises(UpstreamError):
         start(stage=stops)
     assert RunDirectory("runs/t/dpo").state() == "unfinished"
+
+
+def test_a_template_with_todays_date_keeps_the_date_on_which_the_run_began(project):
+    Path("models/x/chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
+    run, _ = begun()
+    text = run.recipe.read_text()
+    (today,) = [line for line in text.splitlines() if line.startswith("  date:")]
+    assert len(today) == len("  date: '2026-01-31'")
+    # the run is taken up again, or found finished, on another day
+    run.recipe.write_text(text.replace(today, "  date: '2020-01-02'"))
+    again, _ = begun()
+    assert yaml.safe_load(again.recipe.read_text())["data"]["date"] == "2020-01-02"
+    finish(again)
+    assert begun()[0] is None
+    # a date that the recipe names is another recipe
+    assert preflight.unchanged(planned("data.date=2021-03-04"))[0] is False
+
+
+def test_other_templates_are_given_no_date(project):
+    run, _ = begun()
+    assert yaml.safe_load(run.recipe.read_text())["data"]["date"] is None
