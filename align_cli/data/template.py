@@ -73,6 +73,8 @@ class Template:
                 self.arguments_as_text = True
                 return self.render(messages, prompt=prompt, tools=tools)
             said = [*str(error).splitlines(), type(error).__name__][0]
+            if type(error).__name__ == "TemplateSyntaxError":
+                raise Unrenderable(f"the chat template is not valid Jinja ({said}, line {error.lineno})") from None
             raise Unrenderable(f"the chat template refuses it ({said})") from None
 
     def _apply(self, shown: list[Message], prompt: bool, tools: Tools) -> str:

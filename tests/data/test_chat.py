@@ -166,3 +166,22 @@ def test_a_prompt_over_its_limit_and_responses_alike_after_the_cut_are_dropped()
         rows = chat.dpo_rows(tok, [alike], how="best-worst", max_length=length, max_prompt_length=limit, tally=tally)
         assert list(rows) == []
         assert tally.dropped[reason] == 1
+
+
+def test_a_template_that_is_not_jinja_is_said_to_be_so():
+    with pytest.raises(chat.Unrenderable, match=r"is not valid Jinja \(.+, line 2\)"):
+        chat.prompt_ids(tiny.tokenizer("\n{% for m in messages %}{{ m.content }"), ASK)
+
+
+def test_a_token_that_reaches_into_the_response_is_cut_where_the_response_begins():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE({"<e>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}, [("a", "b")]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<e>")
+    tok.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    # `ca` asks, `bc` answers: as one text they are c, ab, c, but a model is asked from c, a
+    turns = chat.conversation(tok, [{"role": "user", "content": "ca"}], [{"role": "assistant", "content": "bc"}])
+    assert turns.ids == [3, 1, 2, 3, 0] and turns.trained == [False, False, True, True, True]
+    assert chat.prompt_ids(tok, [{"role": "user", "content": "ca"}]) == [3, 1]
