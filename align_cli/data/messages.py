@@ -66,21 +66,22 @@ def _list(text: str, any_list: bool = False) -> Any:
             held = read(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(held, dict) and _is_message(held):
+        if isinstance(held, dict) and is_message(held):
             return [held]
-        if isinstance(held, list) and (any_list or (held and all(_is_message(turn) for turn in held))):
+        if isinstance(held, list) and (any_list or (held and all(is_message(turn) for turn in held))):
             return held
         return None
     return None
 
 
-def _is_message(turn: Any) -> bool:
+def is_message(turn: Any) -> bool:
+    """Whether a value has the keys of a chat message."""
     return isinstance(turn, dict) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn))
 
 
 def messages(value: Any, name: str, *, sharegpt: bool = False) -> list[Message]:
     """The messages of a list of {role, content}, or of {from, value} for ShareGPT. Raises Broken."""
-    if _is_message(value):
+    if is_message(value):
         value = [value]
     if not isinstance(value, list):
         raise Broken(f"{name} is {kind(value)}; it must be a list of {{role, content}}")

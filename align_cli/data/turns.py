@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align_cli.data import winners
-from align_cli.data.messages import PICTURES, messages
+from align_cli.data.messages import PICTURES, is_message, messages
 from align_cli.data.template import Message
 from align_cli.data.trouble import MESSAGES, STRING, Broken, Dropped, Empty, kind
 
@@ -78,7 +78,7 @@ def said(value: Any, name: str, role: str) -> list[Message]:
     """A string as one message of that role, a list as its messages. Raises Broken."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    if not isinstance(value, (list, dict)):
+    if not isinstance(value, list) and not is_message(value):
         raise Broken(f"{name} is {kind(value)}; it must be a string or a list of {{role, content}}")
     return messages(value, name)
 
