@@ -66,7 +66,7 @@ check: setup ## format and lint, as CI does
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: setup ## mend what check complains of
+format: setup ## fix what check complains of
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -12,24 +12,12 @@ from typing import Annotated
 import typer
 
 from align_cli.errors import AlignError, RecipeError, did_you_mean
+from align_cli.recipe.stages import STAGES
 
-STAGE_HELP = {
-    "sft": "Supervised fine-tuning on conversations.",
-    "rm": "A reward model from rankings.",
-    "ppo": "Reinforcement learning from a reward model, with a value function and KL to the reference.",
-    "rloo": "Reinforcement learning from a reward model, other samples of the prompt as baseline.",
-    "grpo": "Reinforcement learning from reward models or checked answers, scaled within a prompt's samples.",
-    "dpo": "Direct preference optimization on pairs or rankings, or in rounds on the policy's own answers.",
-    "spin": "Self-play fine-tuning: the human reply against the model's own, iterated.",
-    "orpo": "Odds ratio preference optimization: no reference, no SFT before it.",
-    "simpo": "Simple preference optimization: length-normalised, no reference; any mixture of losses.",
-    "kto": "Kahneman-Tversky optimization from responses labelled good or bad.",
-    "cai": "Constitutional AI: critiques and revisions, the model trained on them, and labels from AI feedback.",
-}
 # `--beta=3` is passed on, so that the answer can be "write beta=3"
 PASS_ON = {"ignore_unknown_options": True}
 Settings = Annotated[list[str] | None, typer.Argument(metavar="recipe=NAME.yaml [KEY=VALUE …]", show_default=False)]
-Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGE_HELP))]
+Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]
 AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Let the recipe's rewards name Python functions, which run with your rights."),
@@ -38,7 +26,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such a
 
 
 class Commands(typer.core.TyperGroup):
-    """What the command line gets wrong is said in one line; a command that is none is met with the nearest one."""
+    """Errors of the command line in one line; an unknown command names the nearest one."""
 
     def make_context(self, *args, **kwargs):
         with _in_one_line():
@@ -51,7 +39,7 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx, args):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             near = did_you_mean(args[0], list(self.commands)) or f"; known: {', '.join(self.commands)}"
-            typer.echo(f"command line: '{args[0]}' is no command{near}", err=True)
+            typer.echo(f"command line: unknown command '{args[0]}'{near}", err=True)
             raise typer.Exit(2)
         return super().resolve_command(ctx, args)
 
@@ -64,14 +52,14 @@ def _in_one_line():
         yield
     except usage_error as error:
         text = error.format_message().rstrip(".")
-        if "\n" in text or error.ctx is None:  # `align` alone, which is met with the help
+        if "\n" in text or error.ctx is None:  # `align` alone, which prints the help
             raise
         typer.echo(f"command line: {text[0].lower()}{text[1:]}; see `{error.ctx.command_path} --help`", err=True)
         raise typer.Exit(2) from None
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(version("align-cli"))
@@ -121,15 +109,15 @@ def _console(**kwargs):
 
 
 def _stage(name: str) -> str:
-    if name not in STAGE_HELP:
-        near = did_you_mean(name, list(STAGE_HELP)) or f"; known: {', '.join(STAGE_HELP)}"
-        raise RecipeError(f"command line: '{name}' is no stage{near}")
+    if name not in STAGES:
+        near = did_you_mean(name, list(STAGES)) or f"; known: {', '.join(STAGES)}"
+        raise RecipeError(f"command line: unknown stage '{name}'{near}")
     return name
 
 
 def _allow(code: bool) -> None:
     if code:
-        from align_cli.model import function
+        from align_cli.rewards import function
 
         function.allow()
 
@@ -155,8 +143,8 @@ def _add_stage(name: str, text: str) -> None:
     app.command(name, help=text, context_settings=PASS_ON)(_answers(command))
 
 
-for _name, _text in STAGE_HELP.items():
-    _add_stage(_name, _text)
+for _spec in STAGES.values():
+    _add_stage(_spec.name, _spec.help)
 
 
 @app.command(context_settings=PASS_ON)
@@ -179,10 +167,10 @@ def show(
     allow_code: AllowCode = False,
 ) -> None:
     """Print rows as the model will see them, trained tokens marked."""
-    from align_cli.run import launch, preflight
+    from align_cli.run import environment, preflight
 
     _allow(allow_code)
-    launch.quiet_environment()
+    environment.quiet()
     plan = preflight.load(_stage(stage), settings or [], starting=False, render=False)
     from align_cli.report import rows as report
 
@@ -202,16 +190,16 @@ def lineage(runs: Annotated[list[str], typer.Argument(metavar="RUN…")]) -> Non
 @app.command()
 @_answers
 def report(runs: Annotated[list[str], typer.Argument(metavar="RUN…")]) -> None:
-    """Write the page of a Constitutional AI run anew: every chain from first answer to label."""
+    """Write the page of a Constitutional AI run again: every chain from first answer to label."""
     from pathlib import Path
 
-    from align_cli.report import audit
+    from align_cli.constitutional import audit
     from align_cli.run import manifest
 
     for run in runs:
         made = manifest.read(run) or {}
-        if made.get("stage") != "cai" or not (Path(run) / audit.LAW).is_file():
-            raise AlignError(f"{run}: is no finished `align cai` run; name one such as runs/demo/cai")
+        if made.get("stage") != "cai" or not (Path(run) / audit.CONSTITUTION).is_file():
+            raise AlignError(f"{run}: is not a finished `align cai` run; name one such as runs/demo/cai")
         typer.echo(f"{audit.write(Path(run), made)}: written")
 
 
@@ -225,23 +213,23 @@ def merge(
     from pathlib import Path
 
     from align_cli.model import kind
-    from align_cli.run import launch
+    from align_cli.run import environment
 
-    held = kind.look(run)
-    if held.kind != "adapter":
-        found = {"causal-lm": "holds a whole model", "reward-model": "holds a whole reward model"}.get(held.kind)
-        mend = (
-            "finish it first" if held.kind == "unfinished" else held.mend or "only a run made with lora: needs merging"
-        )
-        raise AlignError(f"{run}: {found or held.finding or 'no such directory'}; {mend}")
+    contents = kind.look(run)
+    if contents.kind != "adapter":
+        whole = {"causal-lm": "holds a whole model", "reward-model": "holds a whole reward model"}
+        finding = whole.get(contents.kind) or contents.finding or "no such directory"
+        unfinished = contents.kind == "unfinished"
+        remedy = "finish it first" if unfinished else contents.remedy or "only a run made with lora: needs merging"
+        raise AlignError(f"{run}: {finding}; {remedy}")
     destination = Path(to or f"{run.rstrip('/')}-merged")
     if destination.exists():
-        raise AlignError(f"{destination}: is there already; remove it or write --to another directory")
-    launch.quiet_environment()
+        raise AlignError(f"{destination}: exists already; remove it or write --to another directory")
+    environment.quiet()
     from align_cli.model import lora
 
     lora.merge(run, destination)
-    typer.echo(f"{destination}: {run} merged into {held.base}")
+    typer.echo(f"{destination}: {run} merged into {contents.base}")
 
 
 @app.command(context_settings=PASS_ON)
@@ -251,9 +239,9 @@ def score(
     settings: Annotated[list[str] | None, typer.Argument(metavar="data=FILE [out=FILE]", show_default=False)] = None,
 ) -> None:
     """Write a reward model's score for every response of a file."""
-    from align_cli.run import launch
+    from align_cli.run import environment
 
-    launch.quiet_environment()
+    environment.quiet()
     from align_cli.evaluate import score as evaluate
 
     evaluate.run(run, settings or [], typer.echo)
@@ -279,10 +267,10 @@ def recipes_root(context: typer.Context) -> None:
 @recipes_app.command("list")
 @_answers
 def recipes_list() -> None:
-    """List the recipes in sight, with the line that runs each."""
-    from align_cli.recipe import shelf
+    """List the recipes that can be found from here, with the line that runs each."""
+    from align_cli.recipe import catalog
 
-    for line in shelf.listed():
+    for line in catalog.listed():
         typer.echo(line)
 
 
@@ -290,9 +278,9 @@ def recipes_list() -> None:
 @_answers
 def recipes_show(name: Annotated[str, typer.Argument(metavar="STAGE/NAME")]) -> None:
     """Print a recipe."""
-    from align_cli.recipe import shelf
+    from align_cli.recipe import catalog
 
-    typer.echo(shelf.find(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(catalog.find(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes_app.command("copy")
@@ -302,9 +290,9 @@ def recipes_copy(
     destination: Annotated[str, typer.Argument(metavar="DEST")],
 ) -> None:
     """Copy a recipe, to change it. The groups it names are still found in the package."""
-    from align_cli.recipe import shelf
+    from align_cli.recipe import catalog
 
-    typer.echo(shelf.copy(name, destination))
+    typer.echo(catalog.copy(name, destination))
 
 
 def main() -> None:

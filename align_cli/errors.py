@@ -42,6 +42,6 @@ def raise_all(kind: type[AlignError], lines: list[str]) -> None:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """`, did you mean 'beta'?` for the nearest known word, else the empty string."""
+    """`. Did you mean 'beta'?` for the nearest known word, else the empty string."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f", did you mean '{near[0]}'?" if near else ""
+    return f". Did you mean '{near[0]}'?" if near else ""

@@ -145,10 +145,10 @@ def figures(args: argparse.Namespace, seconds: float, packages: tuple[str, ...])
 
 def of_align(args: argparse.Namespace) -> dict:
     """`align ppo` as a command, its training loop timed."""
-    from align_cli.methods import rollouts
-    from align_cli.run import launch
+    from align_cli.rl import rollouts
+    from align_cli.run import environment, launch
 
-    launch.quiet_environment()
+    environment.quiet()
     from transformers import Trainer
 
     respond, train, spent = rollouts.respond, Trainer.train, []

@@ -72,9 +72,9 @@ def _alone(way: str) -> str:
 
 def measure(args: argparse.Namespace) -> dict:
     """One way's run: pairs a second over its training loop, peak memory of its process."""
-    from align_cli.run.launch import quiet_environment
+    from align_cli.run import environment
 
-    quiet_environment()
+    environment.quiet()
     import torch
     from datasets import Dataset
     from transformers import TrainingArguments
@@ -82,12 +82,13 @@ def measure(args: argparse.Namespace) -> dict:
 
     from align_cli.data.chat import Tally, dpo_rows
     from align_cli.data.groups import read_groups
-    from align_cli.methods.dpo import PairTrainer
-    from align_cli.methods.layout import size
-    from align_cli.methods.preference import PreferenceTrainer, pair_row
-    from align_cli.methods.preference_losses import Term
-    from align_cli.model import answers, load
-    from align_cli.recipe.schema import Data, Model
+    from align_cli.model import load
+    from align_cli.model import log_probs as answers
+    from align_cli.preferences.dpo import DpoTrainer
+    from align_cli.preferences.losses import Term
+    from align_cli.preferences.trainer import PreferenceTrainer, pair_row
+    from align_cli.recipe.sections import Data, Model
+    from align_cli.training.layout import size
 
     model = Model(path=args.model)
     tokenizer = load.tokenizer(model)
@@ -112,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict:
         settings["output_dir"] = folder
         if args.way == "dpo":
             cut = {"per_device_train_batch_size": args.micro, "gradient_accumulation_steps": args.step // args.micro}
-            trainer = PairTrainer(
+            trainer = DpoTrainer(
                 model=policy(),
                 ref_model=policy(),
                 args=DPOConfig(max_length=args.max_length, **cut, **settings),

@@ -66,9 +66,9 @@ def _alone(way: str) -> str:
 
 def measure(args: argparse.Namespace) -> dict:
     """One way's run: groups a second over its training loop, peak memory of its process."""
-    from align_cli.run.launch import quiet_environment
+    from align_cli.run import environment
 
-    quiet_environment()
+    environment.quiet()
     import torch
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
@@ -76,9 +76,9 @@ def measure(args: argparse.Namespace) -> dict:
     from align_cli.data.chat import Tally
     from align_cli.data.groups import read_groups
     from align_cli.data.rankings import rm_rows
-    from align_cli.methods.reward import Objective, RankingTrainer
-    from align_cli.model import load, reward
-    from align_cli.recipe.schema import Data, Model
+    from align_cli.model import load, reward_head
+    from align_cli.recipe.sections import Data, Model
+    from align_cli.reward_model.trainer import Objective, RankingTrainer
 
     model = Model(path=args.model)
     tokenizer = load.tokenizer(model)
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict:
     settings |= {"learning_rate": 1e-5, "max_length": args.max_length, "dataloader_pin_memory": cuda}
     with tempfile.TemporaryDirectory() as folder:
         settings["output_dir"] = folder
-        network = reward.from_policy(model, tokenizer, dtype="float32", seeds=[0], path=args.model)
+        network = reward_head.from_policy(model, tokenizer, dtype="float32", seeds=[0], path=args.model)
         if args.way == "pairs":
             # as many optimizer steps as the others take
             accumulate = max(1, round(len(pairs) / args.pairs / (len(rows) / args.step)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from demo_table import samples, show_answers, show_counts
 from rich.console import Console
 
-from align_cli.evaluate.refusals import is_refusal
+from align_cli.constitutional.refusals import is_refusal
 
 CAI, DPO = Path("runs/demo/cai"), Path("runs/cai/dpo")
 LABELLED = Path("scripts/demo/data/labelled_answers.jsonl")

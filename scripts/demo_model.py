@@ -22,7 +22,7 @@ def gguf_file() -> Path:
 def main(destination: Path) -> None:
     """Write config, weights, tokenizer and chat template; does nothing if they are there."""
     if (destination / "model.safetensors").is_file():
-        print(f"{destination} is there already")
+        print(f"{destination} exists already")
         return
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

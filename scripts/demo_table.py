@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from align_cli.evaluate.refusals import rate
+from align_cli.constitutional.refusals import rate
 
 RUNS = Path("runs/demo")
 AFTER = ("dpo", "ppo", "rloo")
@@ -66,9 +66,9 @@ def main() -> None:
 def show_scores(console: Console, prompts: list[str], stages: dict[str, list[str]]) -> None:
     """What the demo's reward model gives the answers, against those of the SFT model to the same prompts."""
     from align_cli.evaluate import score
-    from align_cli.run import launch
+    from align_cli.run import environment
 
-    launch.quiet_environment()
+    environment.quiet()
     with tempfile.TemporaryDirectory() as folder:
         asked, out = Path(folder) / "answers.jsonl", Path(folder) / "scores.jsonl"
         rows = [

@@ -29,9 +29,9 @@ def main() -> None:
     args = parser.parse_args()
     found = args.runs or [f"runs/{run}" for run in RUNS if Path(f"runs/{run}/manifest.json").is_file()]
 
-    from align_cli.run.launch import quiet_environment
+    from align_cli.run import environment
 
-    quiet_environment()
+    environment.quiet()
     from rich.console import Console
     from rich.table import Table
 
@@ -52,8 +52,9 @@ class Scored:
 
     def __init__(self, run: str, longest: int):
         from align_cli.data import chat
-        from align_cli.methods.sampling import Sampler, respond, row_seed
-        from align_cli.model import answers, load
+        from align_cli.generation.sampling import Sampler, respond, row_seed
+        from align_cli.model import load
+        from align_cli.model import log_probs as answers
         from align_cli.recipe.sections import Model
 
         self.run = Path(run)
@@ -79,7 +80,7 @@ class Scored:
         """The summed log-probability of every response to every prompt, each prompt held once for its responses."""
         import torch
 
-        from align_cli.methods import layout
+        from align_cli.training import layout
 
         # a prompt's last token goes with each response, whose first token it predicts
         rows = [{"prompt_ids": p[:-1], "responses": [p[-1:] + r for r in responses]} for p, responses in asked]

@@ -1,5 +1,6 @@
 """A small project in an empty folder: a tiny model, data that can be learned, recipes; and `align` as a subprocess."""
 
+import contextlib
 import json
 import random
 import signal
@@ -102,3 +103,40 @@ def weights(run: Path) -> dict:
     from safetensors.torch import load_file
 
     return {name: tensor for file in sorted(run.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@contextlib.contextmanager
+def locked(run):
+    """Within, other processes are kept out of a run's directory."""
+    run.lock()
+    try:
+        yield
+    finally:
+        run.unlock()
+
+
+def job(stage: str, *words: str):
+    """The job that `align STAGE recipe=t …` runs from the working directory, in this process."""
+    from rich.console import Console
+
+    from align_cli.model import precision
+    from align_cli.recipe.check import load
+    from align_cli.run import batch
+    from align_cli.run.directory import RunDirectory
+    from align_cli.training.job import Job
+
+    _, recipe = load(stage, ["recipe=t", *words])
+    run, rows = RunDirectory(recipe.run_dir), batch.arithmetic(recipe, 1)
+    run.path.mkdir(parents=True, exist_ok=True)
+    return Job(
+        recipe=recipe,
+        run=run,
+        dtype=precision.trained(recipe),
+        per_device=rows.per_device,
+        accumulation=rows.accumulation,
+        rank=0,
+        ranks=1,
+        console=Console(quiet=True),
+        cache=Path("runs/.cache"),
+        base=recipe.model.path,
+    )

@@ -74,7 +74,7 @@ def test_problems_of_every_kind_come_at_once(home, command):
     (home / "dpo.jsonl").write_text(json.dumps(PAIR) + '\n{"prompt": "a", "chosen"\n' + json.dumps(PAIR) + "\n")
     lines = refused(home, *command, "recipe=t", "+method.bta=1", "model.path=models/nope", "samples=none.jsonl")
     said = "\n".join(lines)
-    assert "command line: method.bta: unknown key, did you mean 'beta'?" in lines
+    assert "command line: method.bta: unknown key. Did you mean 'beta'?" in lines
     assert "model.path: models/nope: no such directory" in said
     assert "dpo.jsonl:2: not valid JSON" in said
     assert "samples.prompts: none.jsonl: no such file" in said
@@ -105,9 +105,9 @@ def test_parents_that_cannot_serve(home):
     adapter = model(home, "adapter")
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/gone"}))
     (line,) = refused(home, "dpo", "recipe=t", "model.path=models/adapter")
-    assert "an adapter whose base models/gone is not there" in line
+    assert "an adapter whose base models/gone does not exist" in line
     (line,) = refused(home, "dpo", "recipe=t", "model.path=${stage:sft}")
-    assert line == "model.path: runs/t/sft is not there; run `align sft recipe=t.yaml` first"
+    assert line == "model.path: runs/t/sft does not exist. Run `align sft recipe=t.yaml` first."
     half = home / "runs" / "t" / "sft"
     half.mkdir(parents=True)
     (half / "recipe.yaml").write_text("name: t\n")
@@ -118,7 +118,7 @@ def test_parents_that_cannot_serve(home):
     (line,) = refused(home, "dpo", "recipe=t", "model.path=models/bare")
     assert "no chat template; set model.chat_template=" in line
     (line,) = refused(home, "dpo", "recipe=t", "model.chat_template=chatlm")
-    assert "did you mean 'chatml'?" in line
+    assert "Did you mean 'chatml'?" in line
 
 
 def test_a_batch_that_does_not_divide_names_the_numbers_that_would(home):
@@ -131,9 +131,9 @@ def test_a_recipe_of_another_stage_and_a_stage_that_is_none(home):
     (line,) = refused(home, "dpo", "recipe=recipes/sft/t.yaml")
     assert "run `align sft recipe=recipes/sft/t.yaml`" in line
     (line,) = refused(home, "check", "dop", "recipe=t")
-    assert "did you mean 'dpo'?" in line
+    assert "Did you mean 'dpo'?" in line
     (line,) = refused(home, "dpo", "recipe=t", "--beta=3")
-    assert line == "command line: --beta=3 is no option; write beta=3"
+    assert line == "command line: --beta=3 is not an option; write beta=3"
 
 
 def test_check_plans_over_a_run_that_is_still_to_be_made(home):
@@ -150,9 +150,9 @@ def test_recipes_can_be_listed_shown_and_copied(home):
     assert align("recipes", "copy", "dpo/zephyr", "mine.yaml", cwd=home).returncode == 0
     assert align("check", "dpo", "recipe=mine.yaml", cwd=home).returncode == 0
     (line,) = refused(home, "recipes", "copy", "dpo/zephyr", "mine.yaml")
-    assert "is there already" in line
+    assert "exists already" in line
     (line,) = refused(home, "recipes", "show", "dpo/zepyr")
-    assert "did you mean 'dpo/zephyr'?" in line
+    assert "Did you mean 'dpo/zephyr'?" in line
     assert json.loads(align("schema", "dpo", cwd=home).stdout)["title"] == "align dpo recipe"
 
 
@@ -160,14 +160,14 @@ def test_problems_go_to_stderr_and_nothing_to_stdout(home):
     done = align("dpo", "recipe=t", "seed=x", "method.bta=1", cwd=home)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        "command line: method.bta: unknown key, did you mean 'beta'?",
+        "command line: method.bta: unknown key. Did you mean 'beta'?",
         "command line: seed: expected an integer, found str 'x'",
     ]
 
 
 def test_commands_and_options_that_are_none(home):
-    assert refused(home, "dop", "recipe=t") == ["command line: 'dop' is no command, did you mean 'dpo'?"]
-    assert refused(home, "recipes", "lits") == ["command line: 'lits' is no command, did you mean 'list'?"]
+    assert refused(home, "dop", "recipe=t") == ["command line: unknown command 'dop'. Did you mean 'dpo'?"]
+    assert refused(home, "recipes", "lits") == ["command line: unknown command 'lits'. Did you mean 'list'?"]
     assert refused(home, "check") == ["command line: missing argument 'STAGE'; see `align check --help`"]
     assert refused(home, "--quiet") == ["command line: no such option: --quiet; see `align --help`"]
     (line,) = refused(home, "show", "dpo", "recipe=t", "--rows=many")
@@ -246,7 +246,7 @@ def test_what_ends_a_command(monkeypatch, capsys):
 
 def test_lineage_of_what_is_no_run(home):
     (line,) = refused(home, "lineage", "models/x")
-    assert "is no run" in line
+    assert "is not a run" in line
 
 
 @pytest.mark.parametrize(

@@ -40,25 +40,25 @@ def find_start(
 ) -> int:
     """Where the response begins whose first content stands at `first`; the last content before it ends at `before`,
     and is that of the turn before it if `adjacent`."""
-    asked = prompt_tail(template, messages, turn, tools)
-    if asked is None:
+    prompt_text = prompt_tail(template, messages, turn, tools)
+    if prompt_text is None:
         return first
     window = text[before:first]
-    if adjacent and window.startswith(asked):
-        return before + len(asked)
-    at = window.rfind(asked) if asked else -1
+    if adjacent and window.startswith(prompt_text):
+        return before + len(prompt_text)
+    at = window.rfind(prompt_text) if prompt_text else -1
     if at >= 0:
-        return before + at + len(asked)
+        return before + at + len(prompt_text)
     # a generation prompt that holds more than the template keeps of it, such as an opened thought
-    if adjacent and (kept := _whole(template, window, len(commonprefix([window, asked])))):
+    if adjacent and (kept := _whole(template, window, len(commonprefix([window, prompt_text])))):
         # with other white space round it, the header of an answer is still none of the answer
         header = header_of(template).strip()
         behind = window.find(header, kept) if header else -1
         if behind < 0:
             return before + kept
         return before + behind + len(header) if window[behind + len(header) :].strip() else first
-    for length in range(len(asked) - 1, len(asked) - len(header_of(template)), -1):
-        if (at := window.rfind(asked[:length])) >= 0:
+    for length in range(len(prompt_text) - 1, len(prompt_text) - len(header_of(template)), -1):
+        if (at := window.rfind(prompt_text[:length])) >= 0:
             return before + _whole(template, window, at + length)
     return first
 
@@ -82,7 +82,7 @@ def prompt_tail(template: Template, messages: list[Message], turn: int, tools: T
         asked_by = [at for at in range(turn - 1) if messages[at]["role"] == "user"]
         context = [*head, *messages[asked_by[-1] : turn - 1]] if asked_by else messages[: turn - 1]
     if key is None or key not in template.cache:
-        found = None
+        tail_text = None
         content = lead(before["content"]) + SAME + tail(before["content"])
         for shown in (context, messages[: turn - 1]):
             try:
@@ -90,11 +90,11 @@ def prompt_tail(template: Template, messages: list[Message], turn: int, tools: T
             except Unrenderable:
                 continue
             at = written.rfind(SAME)
-            found = written[at + len(SAME) :] if at >= 0 else None
+            tail_text = written[at + len(SAME) :] if at >= 0 else None
             break
         if key is None:
-            return found
-        template.cache[key] = found
+            return tail_text
+        template.cache[key] = tail_text
     return template.cache[key]
 
 
@@ -126,34 +126,34 @@ def closings(
     if not called and key in template.cache:
         return template.cache[key]
     pieces: list[Piece] = []
-    said = {"role": "assistant", "content": SAME}
+    answer = {"role": "assistant", "content": SAME}
     if called:
-        said = masked(template, {**message, "content": SAME if message["content"].strip() else ""}, 0, SAME, pieces)
+        answer = masked(template, {**message, "content": SAME if message["content"].strip() else ""}, 0, SAME, pieces)
     mark = f"{SAME}{len(pieces) - 1}Z" if called else SAME
     user = {"role": "user", "content": "q"}
-    found: list[str | None] = []
+    texts: list[str | None] = []
     times = 1
     for more in ([], [{"role": "user", "content": "Zend"}]):
         if called and more:
-            found.append(None)
+            texts.append(None)
             continue
         try:
-            written = template.render([*head, user, said, *more], tools=tools)
+            written = template.render([*head, user, answer, *more], tools=tools)
         except Unrenderable:
-            found.append(None)
+            texts.append(None)
             continue
         times = max(times, written.count(mark))
         behind = written[written.rfind(mark) + len(mark) :] if mark in written else None
-        found.append(behind.split("Zend")[0] if behind is not None and more else behind)
+        texts.append(behind.split("Zend")[0] if behind is not None and more else behind)
     if not called:
-        template.cache[key] = (found[0], found[1], times)
-    return found[0], found[1], times
+        template.cache[key] = (texts[0], texts[1], times)
+    return texts[0], texts[1], times
 
 
 def openers(template: Template) -> set[str]:
     """Special tokens that open a turn, which are never the end of one."""
     if "openers" not in template.cache:
-        found: set[str] = set()
+        marks: set[str] = set()
         user = {"role": "user", "content": SAME}
         for head in ([], [{"role": "system", "content": "s"}]):
             try:
@@ -162,24 +162,24 @@ def openers(template: Template) -> set[str]:
                 continue
             before, behind = written.split(SAME)[0], template.render([*head, user]).split(SAME)[-1]
             closes = template.specials.search(behind)
-            found |= {match[0] for match in template.specials.finditer(before)} - {closes[0] if closes else ""}
-        template.cache["openers"] = found
+            marks |= {match[0] for match in template.specials.finditer(before)} - {closes[0] if closes else ""}
+        template.cache["openers"] = marks
     return template.cache["openers"]
 
 
 def header_of(template: Template) -> str:
     """What the generation prompt adds behind a user turn: the header of an answer."""
     if "header" not in template.cache:
-        found = ""
+        header = ""
         for head in ([], [{"role": "system", "content": "s"}]):
-            said = [*head, {"role": "user", "content": SAME}]
+            turns = [*head, {"role": "user", "content": SAME}]
             try:
-                plain, asked = template.render(said), template.render(said, prompt=True)
+                plain, with_prompt = template.render(turns), template.render(turns, prompt=True)
             except Unrenderable:
                 continue
-            found = asked[len(plain) :] if asked.startswith(plain) else ""
+            header = with_prompt[len(plain) :] if with_prompt.startswith(plain) else ""
             break
-        template.cache["header"] = found
+        template.cache["header"] = header
     return template.cache["header"]
 
 

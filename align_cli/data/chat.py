@@ -120,14 +120,14 @@ def conversation(
     if last_turn_only:
         turns = turns[-1:]
     turns = [at for at in turns if messages[at].get("train", True)] or turns[-1:]
-    found = spans.find(template.of(tokenizer), messages, turns, tools)
+    rendering = spans.find(template.of(tokenizer), messages, turns, tools)
     if notes is not None:
-        notes.update(found.notes)
-    last = found.spans[-1]
-    text = found.text[: last.stop]
-    ids, offsets = _split_at(tokenizer, text, [span.start for span in found.spans])
+        notes.update(rendering.notes)
+    last = rendering.spans[-1]
+    text = rendering.text[: last.stop]
+    ids, offsets = _split_at(tokenizer, text, [span.start for span in rendering.spans])
     trained, at = [False] * len(ids), 0
-    for span in found.spans:
+    for span in rendering.spans:
         while at < len(ids) and offsets[at][0] < span.start:
             at += 1
         while at < len(ids) and offsets[at][0] < span.stop:
@@ -223,7 +223,10 @@ def dpo_rows(
 
 
 def encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character spans. The template has written BOS and EOS already, so none is added. Raises Unrenderable."""
+    """Ids and character spans. The template has written BOS and EOS already, so the tokenizer adds nothing.
+
+    Raises Unrenderable.
+    """
     if not tokenizer.is_fast:
         raise Unrenderable("the tokenizer has no fast version, which knows where each token stands in the text")
     try:

@@ -18,7 +18,7 @@ STEP = re.compile(r"\[\]|\.?([^.\[\]]+)")
 def renamed(
     rows: Iterator[tuple[str, Any]], source: Source, report: Callable[[str], None]
 ) -> Iterator[tuple[str, Row]]:
-    """(place, row) with `source.columns` applied; reports rows that are no objects or lack a named cell."""
+    """(place, row) with `source.columns` applied; reports rows that are not objects or lack a named cell."""
     # a column that is only reached into keeps its name beside the new one
     moved = set(source.columns.values())
     for place, row in rows:
@@ -32,7 +32,7 @@ def renamed(
             except LookupError:
                 missing = missing or theirs
         if missing:
-            report(f"{place}: no column '{missing}' (has {', '.join(row)}); mend `columns` of the source or the row")
+            report(f"{place}: no column '{missing}' (has {', '.join(row)}); correct `columns` of the source or the row")
             continue
         kept = {name: value for name, value in row.items() if name not in moved} if moved else row
         yield place, kept | cells

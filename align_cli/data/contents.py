@@ -25,7 +25,7 @@ class Piece:
 
 
 class Lost(Unrenderable):
-    """The template leaves out what somebody else than the assistant says."""
+    """The template leaves out what another role than the assistant says."""
 
 
 def place(
@@ -55,7 +55,7 @@ def place(
 
 
 def masked(template: Template, message: Message, turn: int, base: str, pieces: list[Piece]) -> Message:
-    """The message with markers of the same shape for what is said in it."""
+    """The message with markers of the same shape in place of its texts."""
 
     def marker(kind: str, core: str) -> str:
         pieces.append(Piece(turn, kind, core))
@@ -65,11 +65,11 @@ def masked(template: Template, message: Message, turn: int, base: str, pieces: l
         parts, at, thought_ends = [], 0, text.rfind(CLOSE) if message["role"] == "assistant" else -1
         for match in [*template.literals.finditer(text), None]:
             end = match.start() if match else len(text)
-            said = text[at:end]
-            if core := said.strip():
+            between = text[at:end]
+            if core := between.strip():
                 what = "thought" if at < thought_ends else kind
-                said = lead(said) + marker(what, core) + tail(said)
-            parts.append(said + (match[0] if match else ""))
+                between = lead(between) + marker(what, core) + tail(between)
+            parts.append(between + (match[0] if match else ""))
             at = match.end() if match else end
         return "".join(parts)
 
@@ -99,7 +99,7 @@ def _put_back(written: str, base: str, pieces: list[Piece]) -> str:
 
 
 def check_nothing_lost(messages: list[Message], pieces: list[Piece], every: bool, text: str, lenient: bool) -> None:
-    """Raises Unrenderable for what was said and is not written. A thought may be left out."""
+    """Raises Unrenderable for a text that is not written. A thought may be left out."""
     for piece in pieces:
         if piece.at and (len(piece.at) == 1 or piece.kind == "call" or messages[piece.turn]["role"] != "assistant"):
             continue

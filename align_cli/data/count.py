@@ -38,7 +38,7 @@ class Count:
     shared: bool = False
     """Whether the recipe names the same path more than once, so that the path alone does not tell which this is."""
     unread: list[str] = field(default_factory=list)
-    """Columns of the source, and keys of its turns, that nobody reads."""
+    """Columns of the source, and keys of its turns, that are not read."""
     ranked: int = 0
     """Rows whose scores are the numbers from 1 to K, as ranks are."""
     pairs: dict[str, int] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Count:
             lines.append("  warning: scores are 1…K in every row; if 1 is the best, write `columns: { ranks: scores }`")
         if self.unread:
             more = f" and {len(self.unread) - UNREAD} more" if len(self.unread) > UNREAD else ""
-            lines.append(f"  columns that nobody reads: {', '.join(self.unread[:UNREAD])}{more}")
+            lines.append(f"  columns that are not read: {', '.join(self.unread[:UNREAD])}{more}")
         return [f"{head}, {dropped} dropped", *lines]
 
     def as_manifest(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Count:
         if not dropped or (dropped <= limit * self.rows_read and dropped < self.rows_read):
             return
         reason, most = max(self.dropped.items(), key=lambda item: item[1])
-        remedy = "mend the rows" if dropped == self.rows_read else "mend the rows or raise data.max_dropped"
+        remedy = "correct the rows" if dropped == self.rows_read else "correct the rows or raise data.max_dropped"
         yield (
             f"{self.name}: {dropped} of {self.rows_read} rows dropped ({dropped / self.rows_read:.1%}),"
             f" data.max_dropped allows {limit:.1%}; most often: {reason} ({most}), first at {self.first[reason]};"
@@ -101,7 +101,9 @@ class Count:
         )
 
 
-def of_constitution(law: Constitution) -> Count:
+def of_constitution(constitution: Constitution) -> Count:
     """A constitution as a source, so that a changed one makes a finished run stale."""
-    number = len(law.principles)
-    return Count(law.path, rows_read=number, rows_used=number, format="constitution", fingerprint=law.sha256)
+    number = len(constitution.principles)
+    return Count(
+        constitution.path, rows_read=number, rows_used=number, format="constitution", fingerprint=constitution.sha256
+    )

@@ -79,7 +79,7 @@ def find(source: Source) -> Found:
             return Found(problem=_dangling(path))
         if isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
             return Found(problem=_missing(source.path))
-        return Found(problem=f"{source.path}: cannot be read ({error.strerror}); mend the path or its permissions")
+        return Found(problem=f"{source.path}: cannot be read ({error.strerror}); correct the path or its permissions")
     if stat.S_ISDIR(mode):
         return _shards(source, path)
     if not stat.S_ISREG(mode):
@@ -101,8 +101,8 @@ def unreadable(path: Path) -> str:
         return f"cannot read a '{suffix}' archive; unpack it and name the files or the directory"
     if suffix.lower() in PACKED:
         return f"cannot tell what is compressed in it; name it as what it holds, e.g. {path.stem}.jsonl{suffix}"
-    found = f"cannot read a '{suffix}' file" if suffix else "cannot read a file without a suffix"
-    return f"{found}; convert it to one of {', '.join(READABLE)}"
+    finding = f"cannot read a '{suffix}' file" if suffix else "cannot read a file without a suffix"
+    return f"{finding}; convert it to one of {', '.join(READABLE)}"
 
 
 def _globbed(source: Source, pattern: str) -> Found:
@@ -157,23 +157,25 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
     if sharded := _stems([name for name in names if re.fullmatch(r"data/[^/]+", name)]):
         return sharded
     for part in (lambda name: name.split("/")[:-1], lambda name: name.split("/")[-1:]):
-        found = {split: [name for name in names if any(map(word.search, part(name)))] for split, word in WORDS.items()}
-        found = {split: listed for split, listed in found.items() if listed}
+        by_word = {
+            split: [name for name in names if any(map(word.search, part(name)))] for split, word in WORDS.items()
+        }
+        by_word = {split: listed for split, listed in by_word.items() if listed}
         # train_prefs-00000-of-00001 and train_sft-00000-of-00001 both say train, and hold other columns
-        if any(len(_stems(listed)) > 1 for listed in found.values()):
+        if any(len(_stems(listed)) > 1 for listed in by_word.values()):
             return _stems(names)
-        if found:
-            return found
+        if by_word:
+            return by_word
     return {"train": list(names)}
 
 
 def _stems(names: Iterable[str]) -> dict[str, list[str]]:
     """Names of shards, by what stands before `-00000-of-00001`."""
-    found: dict[str, list[str]] = {}
+    stems: dict[str, list[str]] = {}
     for name in names:
         if match := SHARD.fullmatch(name.split("/")[-1]):
-            found.setdefault(match[1], []).append(name)
-    return dict(sorted(found.items(), key=lambda item: (item[0] not in SPLITS, [*SPLITS, item[0]].index(item[0]))))
+            stems.setdefault(match[1], []).append(name)
+    return dict(sorted(stems.items(), key=lambda item: (item[0] not in SPLITS, [*SPLITS, item[0]].index(item[0]))))
 
 
 def _walked(path: Path) -> Iterator[Path]:
@@ -197,8 +199,8 @@ def _name_one() -> str:
     return f"name one of {', '.join(READABLE)}, or a directory of them"
 
 
-def _missing(path: str, found: str = "no such file") -> str:
-    """The line for a file that is not there, with the nearest one that is."""
+def _missing(path: str, finding: str = "no such file") -> str:
+    """The line for a file that does not exist, with the nearest one that does."""
     wanted = Path(os.path.expanduser(path))
     where = "" if wanted.is_absolute() else " (looked in the working directory)"
     folders = [str(folder) for folder in dict.fromkeys((wanted.parent, Path(), Path("data"))) if os.path.isdir(folder)]
@@ -207,9 +209,9 @@ def _missing(path: str, found: str = "no such file") -> str:
     there = [str(file) for file in there if kind(file) in READABLE]
     near = get_close_matches(path, there, n=1) or [file for file in there if Path(file).name == wanted.name]
     if near:
-        return f"{path}: {found}; did you mean '{near[0]}'?{where}"
-    has = f"there is {', '.join(there[:5])}" if there else "mend the path"
-    return f"{path}: {found}{where}; {has}"
+        return f"{path}: {finding}{where}. Did you mean '{near[0]}'?"
+    has = f"there is {', '.join(there[:5])}" if there else "correct the path"
+    return f"{path}: {finding}{where}; {has}"
 
 
 def fingerprint(source: Source) -> str:
@@ -221,15 +223,15 @@ def fingerprint(source: Source) -> str:
     """
     if not is_local(source):
         return f"hub:{source.path}@{_cached_revision(source.path)}:{source.split}"
-    found = find(source)
-    if not found.files:
-        raise DataError(found.problem)
+    located = find(source)
+    if not located.files:
+        raise DataError(located.problem)
     try:
-        if found.root is None:
-            return _sha256(found.files[0])
-        listed = "".join(f"{file.relative_to(found.root).as_posix()}\n{_sha256(file)}\n" for file in found.files)
+        if located.root is None:
+            return _sha256(located.files[0])
+        listed = "".join(f"{file.relative_to(located.root).as_posix()}\n{_sha256(file)}\n" for file in located.files)
     except OSError as error:
-        raise DataError(f"{source.path}: cannot be read ({error.strerror}); mend its permissions") from None
+        raise DataError(f"{source.path}: cannot be read ({error.strerror}); correct its permissions") from None
     return hashlib.sha256(listed.encode()).hexdigest()
 
 

@@ -95,11 +95,11 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
             if value is not None and columns.get(name, "") in ("", []):
                 columns[name] = value
     turns.refuse_pictures(columns)
-    found = [name for name in WANTS if _fits(name, columns, need)]
+    fitting = [name for name in WANTS if _fits(name, columns, need)]
     if source.format:
         return _named(source.format, columns, need)
-    serving = [name for name in SERVES[need] if name in found]
-    if "kto" in found and need == "demonstrations" and serving[0] == "prompt-completion":
+    serving = [name for name in SERVES[need] if name in fitting]
+    if "kto" in fitting and need == "demonstrations" and serving[0] == "prompt-completion":
         raise Broken(
             "has prompt, completion and label, but demonstrations must all be good;"
             " leave out the bad rows, or set format=prompt-completion to train on every completion"
@@ -114,11 +114,11 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
         )
     if need in ("preferences", "labels") and _has(columns, "chosen", "rejected") and "prompt" not in columns:
         raise Broken(
-            "has no prompt beside chosen and rejected, which are no conversations; add a column 'prompt'"
+            "has no prompt beside chosen and rejected, which are not conversations; add a column 'prompt'"
             f"{did_you_mean('prompt', names)}"
         )
     has = ", ".join(columns) or "(none)"
-    if any(column in columns for name in found for column in WANTS[name]):
+    if any(column in columns for name in fitting for column in WANTS[name]):
         raise Broken(
             f"has {has}, but {need} need {NEEDS[need]}; name another file or rename its columns with `columns`"
         )
@@ -183,15 +183,19 @@ def normalised(row: Row, source: Source) -> Row:
     if row.get("prompt") is None and answered:
         if isinstance(row.get("instruction"), str) and "output" not in row:
             more["prompt"] = turns.alpaca_prompt(row) if row.get("history") else _joined(row, "instruction")
-        elif isinstance(held := row.get("messages"), list) and held and _role(held[-1]) in ("user", "tool"):
-            more["prompt"] = held
+        elif (
+            isinstance(conversation := row.get("messages"), list)
+            and conversation
+            and _role(conversation[-1]) in ("user", "tool")
+        ):
+            more["prompt"] = conversation
         elif "question" in row and "answer" not in row:
             more["prompt"] = row["question"]
     elif source.columns.get("prompt") == "instruction" and isinstance(row.get("prompt"), str):
         more["prompt"] = _joined(row, "prompt")
     if "better" not in row and winners.pair(row):
-        found = next((name for name in winners.RECOGNISED if row.get(name) is not None), None)
-        more |= {"better": row[found]} if found else {}
+        winner = next((name for name in winners.RECOGNISED if row.get(name) is not None), None)
+        more |= {"better": row[winner]} if winner else {}
     elif any(word in source.columns.get("better", "") for word in winners.STRENGTHS):
         more[turns.STRENGTH] = True
     return row | more if more else row
@@ -210,11 +214,11 @@ def _role(turn: Any) -> str:
 def read_columns(name: str, need: Need, source: Source) -> set[str]:
     """The columns that a format reads, by our names."""
     always = {*turns.SYSTEM, *PICTURES, turns.STRENGTH}
-    asked = {"prompt", "instruction", "input", "history", "question", "tools", "functions"}
+    columns = {"prompt", "instruction", "input", "history", "question", "tools", "functions"}
     if need == "prompts":
         return (
             always
-            | asked
+            | columns
             | ({"messages", "conversations"} & set(WANTS[name]))
             | ({"chosen"} if name in ("hh", "implicit-prompt") else set())
         )
@@ -292,14 +296,14 @@ def _probability(row: Row, draft: turns.Draft) -> float | None:
     value = row.get("probability")
     if value is None:
         return None
-    found = turns.number(value)
-    if found is None or not 0 <= found <= 1:
+    number = turns.number(value)
+    if number is None or not 0 <= number <= 1:
         raise Broken(
             f"'probability' is {value!r:.40}; it must be a number from 0 to 1: that the first response is better"
         )
     if len(draft.responses) != 2:
         raise Broken(f"'probability' stands beside {len(draft.responses)} responses; it labels a pair")
-    return found
+    return number
 
 
 def _check_prompt(prompt: list[Message]) -> None:
@@ -373,5 +377,5 @@ def _prompt_alone(row: Row, name: str) -> list[Message]:
             return turns.alpaca_prompt(row)
     column = next((column for column in QUESTIONS if row.get(column) is not None), "prompt")
     if column != "prompt" and isinstance(row.get(column), str):
-        return turns.asked(_joined(row, column), f"'{column}'")
-    return turns.asked(turns.cell(row, column), f"'{column}'")
+        return turns.as_prompt(_joined(row, column), f"'{column}'")
+    return turns.as_prompt(turns.cell(row, column), f"'{column}'")

@@ -63,16 +63,16 @@ class Problems:
     """The lines of one source, of which only so many are printed."""
 
     def __init__(self, source: Source):
-        self.path, self.found, self.total = source.path, [], 0
+        self.path, self.shown, self.total = source.path, [], 0
 
     def __call__(self, line: str) -> None:
         self.total += 1
-        if len(self.found) < LINES:
-            self.found.append(line)
+        if len(self.shown) < LINES:
+            self.shown.append(line)
 
     def lines(self) -> list[str]:
-        more = self.total - len(self.found)
-        return self.found + ([f"{self.path}: … and {more} more"] if more else [])
+        more = self.total - len(self.shown)
+        return self.shown + ([f"{self.path}: … and {more} more"] if more else [])
 
 
 def read_groups(data: Data, need: Need, seed: int, cells: Sequence[str] = ()) -> Groups:
@@ -148,14 +148,14 @@ def check_sources(
     for source, count in zip([*data.train, *_eval_sources(data)], _counts(data), strict=True):
         if not is_local(source):
             continue
-        held = files(source)
-        whole = sum(file.stat().st_size for file in held) <= max_bytes
+        local = files(source)
+        whole = sum(file.stat().st_size for file in local) <= max_bytes
         problems, count.partial = Problems(source), not whole
         for group in _groups_of(source, data, need, count, problems, None if whole else max_bytes, cells, refused):
             if len(prompts) < 2:
                 prompts.add(canonical(group.prompt))
         # of all bytes, or a finished run of a large file would never be found unchanged
-        if held and not problems.total:
+        if local and not problems.total:
             count.fingerprint = fingerprint(source)
         lines += problems.lines()
         counts.append(count)
@@ -211,7 +211,7 @@ def _groups_of(
             group = to_group(row, place, count.format, need, drop_empty)
             if missing := [name for name in cells if row.get(name) is None]:
                 raise Broken(
-                    f"'{missing[0]}' is missing, which responses are to be compared with; mend or remove the row"
+                    f"'{missing[0]}' is missing, which responses are to be compared with; correct or remove the row"
                 )
         except Dropped as dropped:
             count.drop(place, dropped)
@@ -247,7 +247,7 @@ def _like_ranks(group: Group) -> bool:
 
 
 def _watched(row: Row, source: Source, seen: dict[str, None], strange: set[str]) -> Row:
-    """The row in our terms; notes its columns, and the keys of its turns that nobody reads."""
+    """The row in our terms; notes its columns, and the keys of its turns that are not read."""
     seen |= dict.fromkeys(name for name, value in row.items() if value is not None)
     row = normalised(row, source)
     strange |= unread_keys(row)
@@ -284,7 +284,7 @@ def _eval_sources(data: Data) -> list[Source]:
 def _fraction_lines(data: Data) -> list[str]:
     if not isinstance(data.eval, float) or 0 < data.eval < 1:
         return []
-    return [f"data.eval: {data.eval:g} is no fraction between 0 and 1; write e.g. 0.05, or null for no evaluation"]
+    return [f"data.eval: {data.eval:g} is not a fraction between 0 and 1; write e.g. 0.05, or null for no evaluation"]
 
 
 def _too_few(fraction: float) -> str:

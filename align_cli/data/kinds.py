@@ -25,10 +25,10 @@ def note_kinds(row: dict[str, Any], place: str, columns: tuple[str, ...], seen: 
     """Notes in `seen` where a column first held strings or messages. Raises Broken where a row holds the other."""
     kinds = {column: turns.kind(row.get(column)) for column in columns}
     if isinstance(row.get("responses"), list) and "responses" in kinds:
-        held = {turns.kind(item) for item in row["responses"]}
-        if len(held & KINDS) > 1:
+        of_row = {turns.kind(item) for item in row["responses"]}
+        if len(of_row & KINDS) > 1:
             raise Broken("'responses' mixes strings and lists of messages; write all of them in one way")
-        kinds["responses"] = next(iter(held & KINDS), "")
+        kinds["responses"] = next(iter(of_row & KINDS), "")
     pair = {kinds.get("chosen", ""), kinds.get("rejected", "")}
     if pair == KINDS:
         raise Broken(f"'chosen' is {kinds['chosen']}, 'rejected' {kinds['rejected']}; write both in one way")

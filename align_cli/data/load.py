@@ -41,23 +41,23 @@ def read_rows(
     """(place, row) of every row, with `source.columns` applied; at most about `max_bytes` of a local source are read,
     some of each of its files.
 
-    Raises DataError, or calls `report` and goes on, for a missing file, broken JSON, a row that is no object.
+    Raises DataError, or calls `report` and goes on, for a missing file, broken JSON, a row that is not an object.
     """
     rows = _local_rows(source, report, max_bytes) if is_local(source) else _hub_rows(source, report, streaming)
     yield from renamed(rows, source, report)
 
 
 def _local_rows(source: Source, report: Report, max_bytes: int | None) -> Iterator[tuple[str, Row]]:
-    found = find(source)
-    if found.problem:
-        return report(found.problem)
-    if found.saved:
-        yield from _saved_rows(source, found.root, report, max_bytes)
+    located = find(source)
+    if located.problem:
+        return report(located.problem)
+    if located.saved:
+        yield from _saved_rows(source, located.root, report, max_bytes)
         return
-    each = None if max_bytes is None else max(1, max_bytes // len(found.files))
+    each = None if max_bytes is None else max(1, max_bytes // len(located.files))
     pointers = []
-    for path in found.files:
-        name = source.path if found.root is None else str(path)
+    for path in located.files:
+        name = source.path if located.root is None else str(path)
         try:
             if is_pointer(path):
                 pointers.append(name)
@@ -72,7 +72,7 @@ def _local_rows(source: Source, report: Report, max_bytes: int | None) -> Iterat
     if len(pointers) == 1:
         report(f"{pointers[0]}: is a git-lfs pointer; run `git lfs pull` there")
     elif pointers:
-        of = f"{len(pointers)} of {len(found.files)} files are git-lfs pointers, the first {pointers[0]}"
+        of = f"{len(pointers)} of {len(located.files)} files are git-lfs pointers, the first {pointers[0]}"
         report(f"{source.path}: {of}; run `git lfs pull` there")
 
 
@@ -91,13 +91,13 @@ def _objects(name: str, rows: Iterator[tuple[str, Any]], report: Report) -> Iter
             read = True
         if read:
             for at, fault in broken:
-                report(f"{at}: {fault.found}; {fault.remedy}")
+                report(f"{at}: {fault.finding}; {fault.remedy}")
             broken = []
         if isinstance(row, dict):
             yield place, row
     if len(broken) == 1:
         ((place, fault),) = broken
-        report(f"{place}: {fault.found}; {fault.remedy}")
+        report(f"{place}: {fault.finding}; {fault.remedy}")
     elif broken:
         fault = broken[0][1]
         shown = (
@@ -108,7 +108,7 @@ def _objects(name: str, rows: Iterator[tuple[str, Any]], report: Report) -> Iter
             else ""
         )
         remedy = fault.remedy_of_all or fault.remedy
-        report(f"{name}: none of its first {len(broken)} rows can be read ({shown}{fault.found}); {remedy}")
+        report(f"{name}: none of its first {len(broken)} rows can be read ({shown}{fault.finding}); {remedy}")
 
 
 def _saved_rows(source: Source, path: Path, report: Report, max_bytes: int | None) -> Iterator[tuple[str, Any]]:
@@ -133,8 +133,8 @@ def _hub_rows(source: Source, report: Report, streaming: bool) -> Iterator[tuple
     try:
         for number, row in enumerate(load_dataset(source.path, split=source.split, streaming=streaming), 1):
             yield f"{source.path}#{number}", row
-    except Exception as error:  # network, hub, cache and builder errors are all for the user to mend
-        remedy = "check the id and the split, or name a local file (there is none of this name)"
+    except Exception as error:  # network, hub, cache and builder errors are all for the user to correct
+        remedy = "check the id and the split, or name a local file (no local file has this name)"
         report(f"{source.path}: cannot be loaded from the hub ({first_line(error)}); {remedy}")
 
 
@@ -161,5 +161,5 @@ def _undecodable(line: bytes) -> str:
 def _damage(path: Path, error: Exception) -> str:
     """What is wrong with a file whose bytes cannot be had, and what to do."""
     if isinstance(error, OSError) and error.errno:
-        return f"cannot be read ({error.strerror}); mend the file or its permissions"
+        return f"cannot be read ({error.strerror}); correct the file or its permissions"
     return f"a damaged {packing(path) or 'file'} ({first_line(error)}); fetch or write it again"

@@ -41,14 +41,14 @@ NESTED = ("tools", "functions", "history", *LISTS)
 
 
 def parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with lists that stand as JSON or Python text read; text that is no list of messages stays text."""
+    """The row with lists that stand as JSON or Python text read; text that is not a list of messages stays text."""
     changed = {}
     for name in NESTED:
         value = row.get(name)
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-            held = _list(value, any_list=name not in ("prompt", "chosen", "rejected", "completion"))
-            if held is not None:
-                changed[name] = held
+            parsed_list = _list(value, any_list=name not in ("prompt", "chosen", "rejected", "completion"))
+            if parsed_list is not None:
+                changed[name] = parsed_list
         elif name == "responses" and isinstance(value, list) and any(isinstance(one, str) for one in value):
             read = [one if not isinstance(one, str) else (_list(one) or one) for one in value]
             if read != value:
@@ -57,19 +57,19 @@ def parsed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _list(text: str, any_list: bool = False) -> Any:
-    """The list that a text holds; None where it is no list of messages (or none at all)."""
+    """The list that a text holds; None where it is not a list of messages, or not a list at all."""
     stripped = text.strip()
     if not (any_list or stripped.startswith(("[{", "{")) or stripped[1:2].isspace()):
         return None
     for read in (json.loads, ast.literal_eval):
         try:
-            held = read(stripped)
+            items = read(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(held, dict) and is_message(held):
-            return [held]
-        if isinstance(held, list) and (any_list or (held and all(is_message(turn) for turn in held))):
-            return held
+        if isinstance(items, dict) and is_message(items):
+            return [items]
+        if isinstance(items, list) and (any_list or (items and all(is_message(turn) for turn in items))):
+            return items
         return None
     return None
 
@@ -99,10 +99,10 @@ def _message(turn: Any, where: str, sharegpt: bool) -> Message:
         text = _parts(text, where)
     elif text is None and (calls or any(turn.get(key) for key in THOUGHTS)):
         text = ""
-    for key, held in ((role_key, turn.get(role_key)), (text_key, text)):
-        if not isinstance(held, str):
-            found = f"a {key} that is {kind(turn[key])}" if key in turn else f"no {key} (only {', '.join(turn)})"
-            raise Broken(f"{where} has {found}; each turn is {{{role_key}, {text_key}}}, both strings")
+    for key, value in ((role_key, turn.get(role_key)), (text_key, text)):
+        if not isinstance(value, str):
+            finding = f"a {key} that is {kind(turn[key])}" if key in turn else f"no {key} (only {', '.join(turn)})"
+            raise Broken(f"{where} has {finding}; each turn is {{{role_key}, {text_key}}}, both strings")
     roles = SPOKEN_ROLES if sharegpt else ROLES | {"function": "tool"}
     if turn[role_key] not in roles:
         known = "human, gpt, system, observation, function_call" if sharegpt else "system, user, assistant, tool"
@@ -131,10 +131,10 @@ def _parts(parts: list[Any], where: str) -> str:
         elif isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif isinstance(part, dict) and part.get("type") in TEXT_PARTS:
-            raise Broken(f"{where} has a part of type '{part['type']}' without a text; mend or remove the row")
+            raise Broken(f"{where} has a part of type '{part['type']}' without a text; correct or remove the row")
         else:
-            found = f"a part of type '{part.get('type')}'" if isinstance(part, dict) else f"a part that is {kind(part)}"
-            raise Broken(f"{where} has {found} in its content, and only parts of text are used; remove the row")
+            what = f"of type '{part.get('type')}'" if isinstance(part, dict) else f"that is {kind(part)}"
+            raise Broken(f"{where} has a part {what} in its content, and only parts of text are used; remove the row")
     return "".join(texts)
 
 
@@ -177,27 +177,27 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise Broken(
-            f"{where} has a tool call that is not valid JSON ({text[:40]!r}); mend or remove the row"
+            f"{where} has a tool call that is not valid JSON ({text[:40]!r}); correct or remove the row"
         ) from None
 
 
 def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The functions that the assistant may call, as JSON schemas. Raises Broken."""
-    held = row.get("tools") or row.get("functions")
-    if not held:
+    tools = row.get("tools") or row.get("functions")
+    if not tools:
         return None
-    if isinstance(held, str):
-        held = _json(held, "'tools'")
-    if not isinstance(held, list) or not all(isinstance(tool, dict) for tool in held):
-        raise Broken(f"'tools' is {kind(held)}; it must be a list of objects, one a function")
-    return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in held]
+    if isinstance(tools, str):
+        tools = _json(tools, "'tools'")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Broken(f"'tools' is {kind(tools)}; it must be a list of objects, one a function")
+    return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def unread_keys(row: dict[str, Any]) -> set[str]:
     """Keys of the row's turns that say something and are not read."""
-    found: set[str] = set()
+    unread: set[str] = set()
     for name in ("messages", "conversations", "prompt", "chosen", "rejected", "completion"):
         for turn in row[name] if isinstance(row.get(name), list) else ():
             if isinstance(turn, dict):
-                found |= {key for key in turn.keys() - KNOWN - set(FLAGS) if turn[key] not in (None, "", [], {})}
-    return found
+                unread |= {key for key in turn.keys() - KNOWN - set(FLAGS) if turn[key] not in (None, "", [], {})}
+    return unread

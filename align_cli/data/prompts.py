@@ -10,7 +10,7 @@ from align_cli.data import template
 from align_cli.data.files import is_local, kind
 from align_cli.data.load import Row, read_rows
 from align_cli.data.template import Message
-from align_cli.data.turns import QUESTIONS, Broken, said
+from align_cli.data.turns import QUESTIONS, Broken, as_turns
 from align_cli.errors import DataError, did_you_mean, raise_all
 from align_cli.recipe.sections import Samples, Source
 
@@ -106,17 +106,17 @@ def _prompt(row: Row, column: str, place: str) -> Row:
     ):
         value = f"{value}\n\n{more}"  # as Alpaca's rows are read for training
     value = _cell(value, place)
-    messages = said(value, f"'{column}'", "user")
+    messages = as_turns(value, f"'{column}'", "user")
     if not messages or all(isinstance(turn["content"], str) and not turn["content"].strip() for turn in messages):
         raise Broken(f"'{column}' is empty; write a prompt or remove the row")
     prompt = value if isinstance(value, str) else messages
     # samples.jsonl holds JSON alone, and Parquet has dates, bytes and decimals, too
-    rest = {name: held for name, held in row.items() if name != column}
+    rest = {name: other for name, other in row.items() if name != column}
     text = json.dumps({"prompt": prompt} | rest, ensure_ascii=False, default=str)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Broken(f"holds half a character ({text[error.start]!r}); mend the row") from None
+        raise Broken(f"holds half a character ({text[error.start]!r}); correct the row") from None
     return json.loads(text)
 
 

@@ -13,10 +13,10 @@ def levels(group: Group) -> list[int]:
     """0 for the best responses, 1 for the next best, …; equal scores share a level."""
     if group.scores is None:
         return list(range(len(group.responses)))
-    found: list[int] = []
+    ranks: list[int] = []
     for at, score in enumerate(group.scores):
-        found.append(0 if not at else found[-1] + (score != group.scores[at - 1]))
-    return found
+        ranks.append(0 if not at else ranks[-1] + (score != group.scores[at - 1]))
+    return ranks
 
 
 def ties(group: Group) -> int:

@@ -26,13 +26,13 @@ def checker(tokenizer: Any, need: Need) -> Callable[[Group], str | None]:
                 messages = [*group.prompt, *response]
                 turns = [at for at in range(len(group.prompt), len(messages)) if messages[at]["role"] == "assistant"]
                 turns = [at for at in turns if messages[at].get("train", True)] or turns
-                found = spans.find(
+                trained = spans.find(
                     rendering,
                     messages,
                     turns if need == "demonstrations" else turns[-1:],
                     group.tools,
                 )
-                found.text.encode()
+                trained.text.encode()
         except Unrenderable as error:
             return str(error)
         except UnicodeEncodeError:

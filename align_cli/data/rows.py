@@ -34,7 +34,7 @@ class NotRows(Exception):
 class Fault:
     """Stands for a row that cannot be read."""
 
-    found: str
+    finding: str
     remedy: str
     remedy_of_all: str = ""
     """What to do where no row of the file can be read; the same as `remedy` if empty."""
@@ -43,7 +43,7 @@ class Fault:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON, null is")
+    raise ValueError(f"{name} is not a number in JSON, null is")
 
 
 DECODER = json.JSONDecoder(parse_constant=_no_number)
@@ -106,7 +106,7 @@ def _line_rows(name: str, file: TextIO, path: Path, max_bytes: int | None) -> It
             if first and text.lstrip().startswith("{"):
                 _refuse_objects_over_lines(path)
             row = Fault(
-                _fault(error), "mend or remove the line", 'write one {"column": value, …} a line', text.lstrip()
+                _fault(error), "correct or remove the line", 'write one {"column": value, …} a line', text.lstrip()
             )
         first = False
         yield f"{name}:{number}", row
@@ -133,16 +133,16 @@ def _refuse_objects_over_lines(path: Path) -> None:
         return
     if rest:
         raise NotRows("its objects are spread over several lines; write one a line, e.g. with `jq -c .`")
-    lists = [key for key, held in value.items() if isinstance(held, list) and held and _are_rows(held)]
+    lists = [key for key, entry in value.items() if isinstance(entry, list) and entry and _are_rows(entry)]
     if len(lists) == 1:
         raise NotRows(f"it is a single object; its rows are under '{lists[0]}': write that list into the file")
     raise NotRows("it is a single object, and rows are wanted; write a list of objects, or one object a line")
 
 
-def _are_rows(held: list[Any]) -> bool:
+def _are_rows(entries: list[Any]) -> bool:
     """Whether a list is of objects, and not of a conversation's turns."""
-    objects = all(isinstance(entry, dict) for entry in held)
-    return objects and not all({"role", "from"} & set(entry) for entry in held)
+    objects = all(isinstance(entry, dict) for entry in entries)
+    return objects and not all({"role", "from"} & set(entry) for entry in entries)
 
 
 def _array_rows(name: str, file: TextIO, max_bytes: int | None) -> Iterator[tuple[str, Any]]:
@@ -162,15 +162,15 @@ def _array_rows(name: str, file: TextIO, max_bytes: int | None) -> Iterator[tupl
                 text, at, read = text[at:] + more, 0, read + len(more)
                 continue
             if not partly or read < limit or not file.read(1):  # otherwise it was us who cut the array
-                yield place, Fault(f"not valid JSON ({error.msg})", "mend the file from this row on")
+                yield place, Fault(f"not valid JSON ({error.msg})", "correct the file from this row on")
             return
         except (ValueError, RecursionError) as error:
-            yield place, Fault(_fault(error), "mend the file from this row on")
+            yield place, Fault(_fault(error), "correct the file from this row on")
             return
         if element is None:
             end = BLANKS.match(text, at).end() + 1
             if text[end:].strip() or file.read(CHUNK).strip():
-                yield place, Fault("text after the end of the list", "mend the file from there on")
+                yield place, Fault("text after the end of the list", "correct the file from there on")
             return
         row, at = element
         number += 1
@@ -202,22 +202,22 @@ def _csv_rows(name: str, file: TextIO, suffix: str, max_bytes: int | None) -> It
     reader = csv.reader(lines(), delimiter=delimiter)
     header = next(reader, [])
     if twice := sorted({column for column in header if header.count(column) > 1}):
-        yield f"{name}:{skipped + 1}", Fault(f"the column '{twice[0]}' is there twice", "rename one")
+        yield f"{name}:{skipped + 1}", Fault(f"the column '{twice[0]}' occurs twice", "rename one")
         return
     while header:
         place = f"{name}:{skipped + reader.line_num + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield place, Fault(f"not valid CSV ({error})", "mend or remove the record")
+            yield place, Fault(f"not valid CSV ({error})", "correct or remove the record")
             continue
         if cells is None:
             return
         if ended and max_bytes is None:  # the record took what was left of the file
             yield place, Fault("a quote opens a cell and never closes", "close it, or double quotes inside of cells")
         elif cells and len(cells) != len(header):
-            held = f"{len(cells)} cell{'s' if len(cells) != 1 else ''} under {len(header)} columns"
-            yield place, Fault(held, f"quote cells that hold {DELIMITERS[delimiter]}")
+            shape = f"{len(cells)} cell{'s' if len(cells) != 1 else ''} under {len(header)} columns"
+            yield place, Fault(shape, f"quote cells that hold {DELIMITERS[delimiter]}")
         elif cells:
             yield place, {column: _cell(column, cell) for column, cell in zip(header, cells, strict=True)}
 

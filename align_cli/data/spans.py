@@ -42,22 +42,23 @@ def find(template: Template, messages: list[Message], turns: list[int], tools: T
     prompt = template.render(messages[: turns[-1]], prompt=True, tools=tools)
     try:
         text, spans, answers = _spans(template, messages, turns, tools)
-        found = Rendering(text, spans, _agreed(template, messages, spans, tools, text, prompt))
+        rendering = Rendering(text, spans, _agreed(template, messages, spans, tools, text, prompt))
     except Lost:
         # Mistral's kind writes the system turn only if a user turn comes last, as it does where an answer is asked for
-        found, answers = _behind_prompt(template, messages, turns, tools, prompt), {}
-    last = found.spans[-1]
-    if _thought(messages[last.turn]) and not _holds_thought(messages[last.turn], found.text[last.start : last.stop]):
-        found.notes.append(
+        rendering, answers = _behind_prompt(template, messages, turns, tools, prompt), {}
+    last = rendering.spans[-1]
+    answer = rendering.text[last.start : last.stop]
+    if _thought(messages[last.turn]) and not _holds_thought(messages[last.turn], answer):
+        rendering.notes.append(
             "the chat template leaves out the thought of an answer, so that the answer alone is trained; set "
             "data.reasoning=drop to agree, or model.chat_template to a template that writes thoughts"
         )
     # a thought that is left out is never trained as an empty one
-    for at, span in enumerate(found.spans):
+    for at, span in enumerate(rendering.spans):
         alone = answers.get(span.turn)
-        if alone is not None and any(mark in found.text[span.start : alone] for mark in (OPEN, "[THINK]")):
-            found.spans[at] = replace(span, start=alone)
-    return found
+        if alone is not None and any(mark in rendering.text[span.start : alone] for mark in (OPEN, "[THINK]")):
+            rendering.spans[at] = replace(span, start=alone)
+    return rendering
 
 
 def _spans(
@@ -80,7 +81,7 @@ def _spans(
 def _agreed(
     template: Template, messages: list[Message], spans: list[Span], tools: Tools, text: str, prompt: str
 ) -> list[str]:
-    """Lets the last span begin where the generation prompt ends; notes where that is no beginning of the text."""
+    """Lets the last span begin where the generation prompt ends; notes where the text does not begin with it."""
     last = spans[-1]
     if not text.startswith(prompt) or len(prompt) > last.stop:
         added = prompt[len(commonprefix([prompt, text])) :]
@@ -105,11 +106,11 @@ def _says_nothing(message: Message) -> bool:
 
 def _of_nothing(template: Template, messages: list[Message], turns: list[int], tools: Tools) -> Rendering:
     """The conversation with a word in place of the last answer, which says nothing, and the word taken out again."""
-    found = find(template, [*messages[:-1], {**messages[-1], "content": SAME}], turns, tools)
-    last = found.spans[-1]
-    written = found.text[last.start : last.stop].replace(SAME, "", 1)
-    found.spans[-1] = replace(last, stop=last.start + len(written))
-    return replace(found, text=found.text[: last.start] + written)
+    rendering = find(template, [*messages[:-1], {**messages[-1], "content": SAME}], turns, tools)
+    last = rendering.spans[-1]
+    written = rendering.text[last.start : last.stop].replace(SAME, "", 1)
+    rendering.spans[-1] = replace(last, stop=last.start + len(written))
+    return replace(rendering, text=rendering.text[: last.start] + written)
 
 
 def _behind_prompt(

@@ -24,7 +24,7 @@ through a dataset (`packed`)."""
 THOUGHT = "reasoning_content"
 """The key of a thought; transformers gives templates the other names that they may read."""
 OPEN, CLOSE = "<think>", "</think>"
-HALF = "it holds half of a surrogate pair (a cut emoji), which no tokenizer reads; mend or remove the row"
+HALF = "it holds half of a surrogate pair (a cut emoji), which no tokenizer reads; correct or remove the row"
 
 
 class Unrenderable(DataError):
@@ -72,10 +72,10 @@ class Template:
                 # DeepSeek's kind adds the arguments to a string
                 self.arguments_as_text = True
                 return self.render(messages, prompt=prompt, tools=tools)
-            said = [*str(error).splitlines(), type(error).__name__][0]
+            reason = [*str(error).splitlines(), type(error).__name__][0]
             if type(error).__name__ == "TemplateSyntaxError":
-                raise Unrenderable(f"the chat template is not valid Jinja ({said}, line {error.lineno})") from None
-            raise Unrenderable(f"the chat template refuses it ({said})") from None
+                raise Unrenderable(f"the chat template is not valid Jinja ({reason}, line {error.lineno})") from None
+            raise Unrenderable(f"the chat template refuses it ({reason})") from None
 
     def _apply(self, shown: list[Message], prompt: bool, tools: Tools) -> str:
         return self.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt, tools=tools)
@@ -192,11 +192,11 @@ class Template:
 
     @cached_property
     def literals(self) -> re.Pattern[str]:
-        """What the template may look for in a content: its string constants that are no words."""
+        """What the template may look for in a content: its string constants that are not words."""
         import jinja2
 
         texts = [self.source] if isinstance(self.source, str) else list((self.source or {}).values())
-        found = {OPEN, CLOSE}
+        literals = {OPEN, CLOSE}
         # transformers' own blocks (`generation`, loop controls) mean nothing to a plain environment
         lexer = jinja2.Environment()
         for text in texts:
@@ -204,8 +204,8 @@ class Template:
                 # as jinja reads it
                 constant = constant[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape").strip()
                 if len(constant) > 2 and not constant.replace("_", "").isalnum():
-                    found.add(constant)
-        return re.compile("|".join(re.escape(each) for each in sorted(found, key=len, reverse=True)))
+                    literals.add(constant)
+        return re.compile("|".join(re.escape(each) for each in sorted(literals, key=len, reverse=True)))
 
     @cached_property
     def specials(self) -> re.Pattern[str]:
@@ -248,13 +248,13 @@ def opened(messages: list[Message], tools: Tools = None) -> tuple[list[Message],
     """The messages, and the tools, of what may have been `packed`."""
     if not any(isinstance(message.get(key), str) for message in messages for key in ("tool_calls", "tools")):
         return messages, tools
-    found = [
+    turns = [
         {**message, "tool_calls": json.loads(message["tool_calls"])}
         if isinstance(message.get("tool_calls"), str)
         else message
         for message in messages
     ]
-    return found, tools or json.loads(messages[0].get("tools") or "null")
+    return turns, tools or json.loads(messages[0].get("tools") or "null")
 
 
 def lead(text: str) -> str:
@@ -269,23 +269,23 @@ def tail(text: str) -> str:
 
 def without_thoughts(messages: list[Message]) -> list[Message]:
     """The messages with the assistant's thoughts taken out, from their own key and from between <think> marks."""
-    found = []
+    turns = []
     for message in messages:
         if message["role"] == "assistant":
             message = {key: value for key, value in message.items() if key != THOUGHT}
             if CLOSE in message["content"]:
                 message["content"] = message["content"].split(CLOSE)[-1].lstrip()
-        found.append(message)
-    return found
+        turns.append(message)
+    return turns
 
 
 def _between(pattern: re.Pattern[str], text: str) -> list[tuple[str, str]]:
     """(text, match) pairs that give the text when joined; the last match is empty."""
-    found, at = [], 0
+    parts, at = [], 0
     for match in pattern.finditer(text):
-        found.append((text[at : match.start()], match[0]))
+        parts.append((text[at : match.start()], match[0]))
         at = match.end()
-    return [*found, (text[at:], "")]
+    return [*parts, (text[at:], "")]
 
 
 def _has_marks(template: str) -> bool:

@@ -28,7 +28,7 @@ def kind(value: Any) -> str:
     """What a cell holds, in words."""
     if not isinstance(value, list):
         return WORDS.get(type(value), type(value).__name__)
-    held = {type(item) for item in value}
-    if len(held) != 1:
-        return "a list of mixed types" if held else "an empty list"
-    return {dict: MESSAGES, str: "a list of strings"}.get(held.pop(), "a list of something else")
+    kinds = {type(item) for item in value}
+    if len(kinds) != 1:
+        return "a list of mixed types" if kinds else "an empty list"
+    return {dict: MESSAGES, str: "a list of strings"}.get(kinds.pop(), "a list of something else")

@@ -17,7 +17,19 @@ from align_cli.data.messages import PICTURES, is_message, messages
 from align_cli.data.template import Message
 from align_cli.data.trouble import MESSAGES, STRING, Broken, Dropped, Empty, kind
 
-__all__ = ["MESSAGES", "STRING", "Broken", "Draft", "Dropped", "Empty", "Message", "draft", "kind", "messages", "said"]
+__all__ = [
+    "MESSAGES",
+    "STRING",
+    "Broken",
+    "Draft",
+    "Dropped",
+    "Empty",
+    "Message",
+    "draft",
+    "kind",
+    "messages",
+    "as_turns",
+]
 
 Row = dict[str, Any]
 
@@ -74,7 +86,7 @@ class Draft:
     label: bool | None = None
 
 
-def said(value: Any, name: str, role: str) -> list[Message]:
+def as_turns(value: Any, name: str, role: str) -> list[Message]:
     """A string as one message of that role, a list as its messages. Raises Broken."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -83,11 +95,11 @@ def said(value: Any, name: str, role: str) -> list[Message]:
     return messages(value, name)
 
 
-def asked(value: Any, name: str = "'prompt'") -> list[Message]:
+def as_prompt(value: Any, name: str = "'prompt'") -> list[Message]:
     """The prompt in a cell: a string, messages, or an hh-rlhf dialogue up to the reply. Raises Broken."""
     if is_hh(value) and "\n\nAssistant:" in value:
         return hh_prompt(value)
-    return said(value, name, "user")
+    return as_turns(value, name, "user")
 
 
 def is_hh(value: Any) -> bool:
@@ -157,10 +169,10 @@ def draft(row: Row, name: str) -> Draft:
         case "sharegpt":
             return _sharegpt(row)
         case "alpaca":
-            return Draft(alpaca_prompt(row), [said(cell(row, "output"), "'output'", "assistant")], ("'output'",))
+            return Draft(alpaca_prompt(row), [as_turns(cell(row, "output"), "'output'", "assistant")], ("'output'",))
         case "prompt-completion" | "kto":
-            prompt, completion = asked(cell(row, "prompt")), "'completion'"
-            response = after_prompt(prompt, said(cell(row, "completion"), completion, "assistant"), completion)
+            prompt, completion = as_prompt(cell(row, "prompt")), "'completion'"
+            response = after_prompt(prompt, as_turns(cell(row, "completion"), completion, "assistant"), completion)
             return Draft(prompt, [response], (completion,), label=_label(row) if name == "kto" else None)
         case "hh":
             return _hh(row)
@@ -235,7 +247,7 @@ def _sharegpt(row: Row) -> Draft:
 
 
 def _answer(value: Any, name: str) -> list[Message]:
-    return said(value, name, "assistant") if isinstance(value, str) else messages(value, name, sharegpt=True)
+    return as_turns(value, name, "assistant") if isinstance(value, str) else messages(value, name, sharegpt=True)
 
 
 def alpaca_prompt(row: Row) -> list[Message]:
@@ -245,14 +257,14 @@ def alpaca_prompt(row: Row) -> list[Message]:
     before: list[Message] = []
     for turn in row.get("history") or []:
         if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
-            raise Broken("'history' must be a list of [question, answer] pairs of strings; mend or remove it")
-        before += said(turn[0], "'history'", "user") + said(turn[1], "'history'", "assistant")
+            raise Broken("'history' must be a list of [question, answer] pairs of strings; correct or remove it")
+        before += as_turns(turn[0], "'history'", "user") + as_turns(turn[1], "'history'", "assistant")
     return [*before, {"role": "user", "content": "\n\n".join(text for text in parts if text.strip())}]
 
 
 def _preference(row: Row) -> Draft:
-    prompt = asked(cell(row, "prompt"))
-    both = [said(cell(row, column), f"'{column}'", "assistant") for column in ("chosen", "rejected")]
+    prompt = as_prompt(cell(row, "prompt"))
+    both = [as_turns(cell(row, column), f"'{column}'", "assistant") for column in ("chosen", "rejected")]
     if isinstance(row["prompt"], str) and any(response and response[0]["role"] != "assistant" for response in both):
         # ultrafeedback_binarized: a prompt string beside whole conversations, which may hold more turns than it.
         return shared_prompt(*both, prompt=row["prompt"])
@@ -267,7 +279,7 @@ def _hh(row: Row) -> Draft:
         if not text.strip():
             raise Empty(name)
         if prompt is None and not is_hh(text):
-            raise Broken(f"{name} is no dialogue of '\\n\\nHuman: … \\n\\nAssistant: …'; mend or remove the row")
+            raise Broken(f"{name} is not a dialogue of '\\n\\nHuman: … \\n\\nAssistant: …'; correct or remove the row")
     # A reply alone may begin with `Human:` too, where the published model spoke for both.
     if prompt is None or all(is_hh(text) and "\n\nAssistant:" in text for text in (chosen, rejected)):
         question = None if prompt is None else hh_prompt(prompt)[-1]["content"]
@@ -277,8 +289,8 @@ def _hh(row: Row) -> Draft:
 
 
 def hh_prompt(prompt: Any) -> list[Message]:
-    r"""A dialogue up to the reply; the `\n\nAssistant:` that asks for it is no turn."""
-    spoken = dialogue(prompt) if is_hh(prompt) else said(prompt, "'prompt'", "user")
+    r"""A dialogue up to the reply; the `\n\nAssistant:` that asks for it is not a turn."""
+    spoken = dialogue(prompt) if is_hh(prompt) else as_turns(prompt, "'prompt'", "user")
     open_end = spoken[-1:] and spoken[-1]["role"] == "assistant" and not spoken[-1]["content"]
     return spoken[:-1] if open_end and len(spoken) > 1 else spoken
 
@@ -289,20 +301,20 @@ def _winner(row: Row) -> Draft:
     index, margin = winners.better(row, names, bool(row.get(STRENGTH)))
     order = [index, 1 - index]
     labels = tuple(f"'{names[at]}'" for at in order)
-    prompt = asked(cell(row, "prompt"))
-    spoken = [said(both[at], label, "assistant") for at, label in zip(order, labels, strict=True)]
+    prompt = as_prompt(cell(row, "prompt"))
+    spoken = [as_turns(both[at], label, "assistant") for at, label in zip(order, labels, strict=True)]
     responses = [after_prompt(prompt, response, label) for response, label in zip(spoken, labels, strict=True)]
     return Draft(prompt, responses, labels, None if margin is None else [margin, 0.0])
 
 
 def _ranking(row: Row, column: str | None) -> Draft:
     """Responses best first, or with the scores or ranks of a column."""
-    prompt, listed = asked(cell(row, "prompt")), cell(row, "responses")
+    prompt, listed = as_prompt(cell(row, "prompt")), cell(row, "responses")
     if not isinstance(listed, list):
         raise Broken(f"'responses' is {kind(listed)}; it must be a list")
     names = tuple(f"response {number} of 'responses'" for number in range(1, len(listed) + 1))
-    said_all = [said(item, name, "assistant") for item, name in zip(listed, names, strict=True)]
-    responses = [after_prompt(prompt, response, name) for response, name in zip(said_all, names, strict=True)]
+    scored = [as_turns(item, name, "assistant") for item, name in zip(listed, names, strict=True)]
+    responses = [after_prompt(prompt, response, name) for response, name in zip(scored, names, strict=True)]
     if column is None:
         return Draft(prompt, responses, names)
     given = cell(row, column)
@@ -326,12 +338,12 @@ def number(value: Any) -> float | None:
 
 
 def _score(value: Any, name: str) -> float:
-    found = number(value)
-    if found is None:
+    score = number(value)
+    if score is None:
         raise Broken(
             f"{name} is {kind(value) if not isinstance(value, str) else repr(value)[:40]}; it must be a number"
         )
-    return found
+    return score
 
 
 def truth(value: Any) -> bool | None:

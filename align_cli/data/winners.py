@@ -33,12 +33,12 @@ def pair(columns: Any) -> tuple[str, str] | None:
 
 def answers(row: dict[str, Any]) -> tuple[list[Any], tuple[str, str]]:
     """The two answers and what they are called. Raises Broken."""
-    if found := pair(row):
-        return [row[name] for name in found], found
+    if pair_of := pair(row):
+        return [row[name] for name in pair_of], pair_of
     listed = row.get("responses")
     if isinstance(listed, list) and len(listed) == 2:
         return listed, ("response_0", "response_1")
-    raise Broken("'better' names one of two answers, but there are no two; give response_0 and response_1")
+    raise Broken("'better' names one of two answers, but the row does not have two; give response_0 and response_1")
 
 
 def better(row: dict[str, Any], names: tuple[str, str], strength: bool) -> tuple[int, float | None]:

@@ -18,29 +18,28 @@ from align_cli.compat import chat_date
 from align_cli.data import chat
 from align_cli.data.groups import Group, read_groups
 from align_cli.errors import AlignError, DataError, RecipeError, UpstreamError, did_you_mean
-from align_cli.methods import layout
-from align_cli.model import kind, load, reward
+from align_cli.model import kind, load, reward_head
 from align_cli.recipe.sections import Data, Model
 from align_cli.run import manifest
 from align_cli.run.directory import write_atomically
+from align_cli.training import layout
 
 KEYS = ("data", "out", "format", "max_length", "batch_tokens")
 
 
 def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
-    """Score a file and write the result. Raises AlignError for what the user must mend."""
+    """Score a file and write the result. Raises AlignError for what the user must correct."""
     given = _settings(settings)
-    held = kind.look(path)
-    if held.kind == "unfinished":
+    contents = kind.look(path)
+    if contents.kind == "unfinished":
         raise UpstreamError(f"{path}: is an unfinished run; run its stage again to finish it")
-    if held.kind != "reward-model" and not held.reward:
-        found = held.finding or {"causal-lm": "holds a policy", "adapter": "holds a policy's adapter"}.get(
-            held.kind, ""
-        )
-        raise UpstreamError(f"{path}: {found or 'is no directory'}; name a finished reward model such as runs/demo/rm")
+    if contents.kind != "reward-model" and not contents.reward:
+        policies = {"causal-lm": "holds a policy", "adapter": "holds a policy's adapter"}
+        finding = contents.finding or policies.get(contents.kind, "is not a directory")
+        raise UpstreamError(f"{path}: {finding}; name a finished reward model such as runs/demo/rm")
     out = Path(given.get("out") or f"{Path(given['data']).stem}.scores.jsonl")
     if out.is_dir() or not out.parent.is_dir():
-        raise AlignError(f"out: {out}: is a directory or lies in none; name a file in a directory that is there")
+        raise AlignError(f"out: {out}: is a directory or is in none; name a file in an existing directory")
     groups, counts = _groups(given)
     for line in counts:
         say(line)
@@ -48,7 +47,7 @@ def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
     # the reward model has seen its template write one date
     chat_date.use(made.get("template_date"))
     tokenizer = load.tokenizer(Model(path=path))
-    model, scale = reward.load_run(path, tokenizer), made.get("reward", {})
+    model, scale = reward_head.load_run(path, tokenizer), made.get("reward", {})
     shift = torch.zeros(1) if scale.get("shift_in_weights") else torch.tensor(scale.get("shift", [0.0]))
     rows, cut = _rows(tokenizer, groups, int(given["max_length"]))
     with torch.no_grad():
@@ -60,8 +59,8 @@ def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
             device=model.device,
         )
     lines, flat = [], []
-    for group, found in zip(groups, scores, strict=True):
-        heads = found + shift
+    for group, values in zip(groups, scores, strict=True):
+        heads = values + shift
         row: dict[str, Any] = {"prompt": group.prompt, "responses": group.responses, "scores": _plain(heads.mean(1))}
         if heads.shape[1] > 1:
             row |= {"minimum": _plain(heads.min(1).values), "spread": _plain(heads.std(1)), "heads": _plain(heads)}
@@ -81,7 +80,7 @@ def _settings(settings: list[str]) -> dict[str, str]:
         key, equals, value = word.partition("=")
         if not equals or key not in KEYS:
             near = did_you_mean(key, list(KEYS)) or f"; known: {', '.join(f'{name}=' for name in KEYS)}"
-            lines.append(f"command line: '{word}' is no setting of score{near}")
+            lines.append(f"command line: unknown setting '{word}'{near}")
         elif key in ("max_length", "batch_tokens") and not (value.isdigit() and int(value)):
             lines.append(f"command line: {key} is '{value}'; give a number of tokens")
         else:

@@ -1,183 +1,212 @@
-"""A model behind an OpenAI-compatible API: sent again where that may help, tokens counted.
+"""Client for a model behind an OpenAI-compatible API: retries where they may help, counts tokens.
 
-The key comes from the environment and goes into one header; no message, file or count holds it.
+The key is read from the environment and sent in one header; no message, file or count contains it.
 """
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
+import math
 import os
 import random
-import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+import httpx2
+
 from align_cli.errors import AlignError
-from align_cli.recipe.speaker import Speaker
+from align_cli.recipe.generation import GeneratorSource
 
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-"""Answers of a server that may be other ones a little later."""
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+"""Status codes after which the same request may succeed later."""
 LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, unless the server asks for more."""
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The key must not follow to another host."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
-OPENER = urllib.request.build_opener(_NoRedirects)
+"""Seconds between two attempts, at most."""
+LARGEST_BODY = 64 << 20
+"""Bytes of a response body that are read."""
+TOKENS = ("prompt_tokens", "completion_tokens")
 
 
 class Endpoint:
-    """One speaker of a recipe; `key` is where the recipe names it, for messages."""
+    """One generator source of a recipe; `key` is its place in the recipe, for messages."""
 
     def __init__(
         self,
-        speaker: Speaker,
+        source: GeneratorSource,
         key: str,
         spend: Callable[[dict[str, int]], None] = lambda used: None,
         pause: Callable[[float], None] = time.sleep,
     ):
-        self.speaker, self.key, self.spend, self.pause = speaker, key, spend, pause
-        self.base = speaker.endpoint.rstrip("/")
-        self.secret = os.environ.get(speaker.key_env, "") if speaker.key_env else ""
+        self.source, self.key, self.spend, self.pause = source, key, spend, pause
+        self.base = source.endpoint.rstrip("/")
+        self.secret = os.environ.get(source.key_env, "") if source.key_env else ""
+        self.tls = httpx2.create_ssl_context()
 
     def probe(self) -> None:
         """Raise AlignError if the server cannot be reached or refuses the key. Servers need not list their models."""
         try:
             self._send("/models", None)
-        except _Refused as error:
-            if error.code in (401, 403) or error.reason in ("connection", "timeout"):
-                raise AlignError(self._complaint(error)) from None
+        except _Failure as failure:
+            if failure.code in (401, 403) or failure.reason in ("connection", "timeout"):
+                raise AlignError(self._complaint(failure)) from None
 
     def complete(self, messages: list[dict[str, str]], **settings: Any) -> dict[str, Any]:
         """The first choice of a chat completion, after as many attempts as the recipe allows.
 
-        Raises AlignError, in one line, where no attempt may help, or the last one did not.
+        Raises AlignError, in one line, where no attempt may help or the last one failed.
         """
-        body = {"model": self.speaker.model, "messages": messages, **settings}
-        for attempt in range(self.speaker.retries + 1):
+        body = {"model": self.source.model, "messages": messages, **settings}
+        for attempt in range(self.source.retries + 1):
             try:
                 answer = self._send("/chat/completions", body)
                 choice = answer["choices"][0]
                 if not isinstance(choice["message"].get("content") or "", str):
                     raise TypeError("content")
-            except _Refused as error:
-                found = error
+            except _Failure as error:
+                failure = error
             except (KeyError, IndexError, TypeError, AttributeError):
-                found = _Refused("answered with something that is no chat completion", "truncated")
+                failure = _Failure("answered with something other than a chat completion", "truncated")
             else:
-                usage = answer.get("usage") or {}
-                self.spend({"requests": 1} | {name: int(usage.get(name) or 0) for name in TOKENS})
+                self.spend({"requests": 1} | _usage(answer.get("usage")))
                 return choice
-            if not found.reason or attempt == self.speaker.retries:
-                raise AlignError(self._complaint(found, attempt))
-            self.spend({f"retries_{found.reason}": 1})
+            if not failure.reason or attempt == self.source.retries:
+                raise AlignError(self._complaint(failure, attempt))
+            self.spend({f"retries_{failure.reason}": 1})
             wait = min(2.0**attempt, LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-            self.pause(found.after if found.after is not None else wait)
+            self.pause(failure.after if failure.after is not None else wait)
         raise AssertionError
 
     def _send(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self.secret:
-            headers["Authorization"] = f"Bearer {self.secret}"
-        data = json.dumps(body).encode() if body is not None else None
-        asked = urllib.request.Request(self.base + path, data=data, headers=headers)
+        """The JSON that the server answers with. Raises _Failure."""
+        timeout = self.source.timeout
+        response = None
         try:
-            with OPENER.open(asked, timeout=self.speaker.timeout) as reply:
-                return json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            said = self._said(error)
-            reason = "rate_limit" if error.code == 429 else "server" if error.code in AGAIN else ""
-            raise _Refused(said, reason, code=error.code, after=_seconds(error.headers.get("Retry-After"))) from None
-        except TimeoutError:
-            raise _Refused(f"gave no answer within {self.speaker.timeout:g} seconds", "timeout") from None
-        except (http.client.IncompleteRead, json.JSONDecodeError, UnicodeDecodeError):
-            raise _Refused("cut its answer off", "truncated") from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise _Refused(f"gave no answer within {self.speaker.timeout:g} seconds", "timeout") from None
-            raise _Refused(f"cannot be reached ({self._hidden(_reason(error.reason))})", "connection") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _Refused(f"cannot be reached ({self._hidden(_reason(error))})", "connection") from None
+            response, text = asyncio.run(self._exchange(path, body))
+            if not response.is_success:
+                raise self._refusal(response, text)
+            return _without_surrogates(json.loads(text))
+        except (TimeoutError, httpx2.TimeoutException):
+            raise _Failure(f"gave no answer within {timeout:g} seconds", "timeout") from None
+        except (ValueError, RecursionError, httpx2.DecodingError, _CutOff):
+            raise _Failure("cut its answer off", "truncated") from None
+        except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise _Failure(f"cannot be reached ({self._without_key(_cause(error))})", "connection") from None
 
-    def _said(self, error: urllib.error.HTTPError) -> str:
-        """What a server says of a request that it did not take."""
-        if error.code in (401, 403):
-            return f"refused the key ({error.code})"
+    async def _exchange(self, path: str, body: dict[str, Any] | None) -> tuple[httpx2.Response, bytes]:
+        """The response and its body. `timeout` bounds the whole of it, whatever the server sends meanwhile."""
+        headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {self.secret}"} if self.secret else {})
+        method = "GET" if body is None else "POST"
+        async with (
+            asyncio.timeout(self.source.timeout),
+            # the key must not follow a redirect to another host
+            httpx2.AsyncClient(verify=self.tls, timeout=None, headers=headers, follow_redirects=False) as client,
+            client.stream(method, self.base + path, json=body) as response,
+        ):
+            text = bytearray()
+            try:
+                async for part in response.aiter_bytes():
+                    text += part
+                    if len(text) > LARGEST_BODY:
+                        raise _Failure(f"answered with more than {LARGEST_BODY >> 20} MiB", "truncated")
+            except (httpx2.RemoteProtocolError, httpx2.ReadError):
+                raise _CutOff from None
+            return response, bytes(text)
+
+    def _refusal(self, response: httpx2.Response, text: bytes) -> _Failure:
+        """Why the server did not answer a request."""
+        code = response.status_code
+        reason = "rate_limit" if code == 429 else "server" if code in RETRIED else ""
+        after = _seconds(response.headers.get("Retry-After"))
+        if code in (401, 403):
+            return _Failure(f"refused the key ({code})", reason, code=code)
         try:
-            held = json.loads(error.read(10_000))
-            held = held.get("error", held) if isinstance(held, dict) else held
-            text = held.get("message", "") if isinstance(held, dict) else held
-        except (OSError, ValueError, http.client.HTTPException):
-            text = ""
-        text = self._hidden(" ".join(str(text).split()))[:200]
-        return f"answered {error.code}{f' ({text})' if text else ''}"
+            body = json.loads(text[:10_000])
+            body = body.get("error", body) if isinstance(body, dict) else body
+            message = body.get("message", "") if isinstance(body, dict) else body
+        except (ValueError, RecursionError):
+            message = ""
+        message = self._without_key(" ".join(str(_without_surrogates(message)).split()))[:200]
+        return _Failure(f"answered {code}{f' ({message})' if message else ''}", reason, code=code, after=after)
 
-    def _hidden(self, text: str) -> str:
-        """Without the key, which some servers repeat."""
+    def _without_key(self, text: str) -> str:
+        """Some servers repeat the key."""
         return text.replace(self.secret, "…") if self.secret else text
 
-    def _complaint(self, error: _Refused, attempt: int = 0) -> str:
-        name = self.speaker.key_env
-        if error.code in (401, 403):
-            mend = (
+    def _complaint(self, failure: _Failure, attempt: int = 0) -> str:
+        name = self.source.key_env
+        if failure.code in (401, 403):
+            remedy = (
                 f"set {name} to a key that it takes"
                 if name
                 else f"name the environment variable that holds its key in {self.key}.key_env"
             )
-        elif error.code == 404:
-            mend = f"mend {self.key}.endpoint or {self.key}.model"
-        elif error.reason == "rate_limit":
-            mend = f"lower {self.key}.concurrency or wait; the same command goes on with the rows that are missing"
-        elif error.reason:
-            mend = "start or mend the server; the same command goes on with the rows that are missing"
+        elif failure.code == 404:
+            remedy = f"correct {self.key}.endpoint or {self.key}.model"
+        elif failure.reason == "rate_limit":
+            remedy = f"lower {self.key}.concurrency or wait; the same command continues with the missing rows"
+        elif failure.reason:
+            remedy = "start or repair the server; the same command continues with the missing rows"
         else:
-            mend = f"mend {self.key} in the recipe"
+            remedy = f"correct {self.key} in the recipe"
         tried = f" {attempt + 1} times" if attempt else ""
-        return f"{self.key}.endpoint: {self.base} {error.text}{tried}; {mend}"
+        return f"{self.key}.endpoint: {self.base} {failure.text}{tried}; {remedy}"
 
 
-TOKENS = ("prompt_tokens", "completion_tokens")
-
-
-class _Refused(Exception):
-    """A request without a usable answer; `reason` is empty where no further attempt may help."""
+class _Failure(Exception):
+    """A request without a usable answer; `reason` is empty where another attempt cannot help."""
 
     def __init__(self, text: str, reason: str, *, code: int = 0, after: float | None = None):
         super().__init__(text)
         self.text, self.reason, self.code, self.after = text, reason, code, after
 
 
-def _reason(error: Any) -> str:
-    return str(getattr(error, "strerror", None) or error)
+class _CutOff(Exception):
+    """A response body that ended before its length."""
+
+
+def _usage(usage: Any) -> dict[str, int]:
+    """Token counts that a server reports; 0 for anything that is not a number."""
+    values = usage if isinstance(usage, dict) else {}
+    return {name: _natural(values.get(name)) for name in TOKENS}
+
+
+def _natural(value: Any) -> int:
+    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) and value > 0 else 0
+
+
+def _without_surrogates(value: Any) -> Any:
+    """Strings that can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_surrogates(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _without_surrogates(entry) for key, entry in value.items()}
+    return value
+
+
+def _cause(error: BaseException) -> str:
+    """What the operating system said, below the exceptions of the client."""
+    inner: BaseException | None = error
+    text = str(error)
+    while inner is not None:
+        if isinstance(inner, ConnectionError) and inner.errno:
+            # asyncio puts a text of its own, with the address, in strerror
+            text = os.strerror(inner.errno)
+        else:
+            text = getattr(inner, "strerror", None) or text
+        if isinstance(inner, BaseExceptionGroup):
+            inner = inner.exceptions[0]
+        else:
+            inner = inner.__cause__ or inner.__context__
+    return text
 
 
 def _seconds(header: str | None) -> float | None:
+    """A Retry-After of seconds, at most LONGEST_PAUSE; None for a date or anything else."""
     try:
-        return max(float(header), 0.0) if header else None
+        seconds = float(header) if header else math.nan
     except ValueError:
         return None
-
-
-def key_problems(speaker: Speaker, key: str) -> list[str]:
-    """A line if the environment lacks the key that a speaker needs."""
-    # what is no name is perhaps the key, and is told so elsewhere without being shown
-    if re.fullmatch(r"\w+", speaker.key_env or "") and not os.environ.get(speaker.key_env):
-        return [f"{key}.key_env: {speaker.key_env} is not set; put the endpoint's key into that environment variable"]
-    return []
-
-
-def cost(counts: dict[str, int], speaker: Speaker) -> float | None:
-    """What the counted tokens cost at the recipe's price; None without one."""
-    if speaker.price is None:
-        return None
-    paid = counts.get("prompt_tokens", 0) * speaker.price.prompt
-    return round((paid + counts.get("completion_tokens", 0) * speaker.price.completion) / 1e6, 6)
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_PAUSE)

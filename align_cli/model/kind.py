@@ -18,15 +18,15 @@ HUB_ID = re.compile(r"^[\w\-]+(\.[\w\-]+)*(/[\w\-]+(\.[\w\-]+)*)?$")
 
 
 @dataclass(frozen=True)
-class Held:
-    """What stands at `path`."""
+class Contents:
+    """What a path holds."""
 
     path: str
     kind: Kind
     finding: str = ""
-    """For kinds that cannot serve: what was found there."""
-    mend: str = ""
-    """What to do about the finding, where that does not depend on who asks."""
+    """For kinds that cannot serve: why not."""
+    remedy: str = ""
+    """What to do about it, where that does not depend on the caller."""
     base: str | None = None
     """An adapter's base model."""
     reward: bool = False
@@ -35,42 +35,43 @@ class Held:
     """config.json, where there is one."""
 
 
-def look(path: str) -> Held:
-    """What a path holds: a model, an adapter, an unfinished run, a hub id (not asked whether it exists) or nothing."""
+def look(path: str) -> Contents:
+    """What a path holds: a model, an adapter, an unfinished run, a hub id (whether it exists is not checked) or
+    nothing."""
     folder = Path(path)
     if not folder.exists():
         local = path.startswith((".", "runs/", "models/")) or ("/" in path and Path(path).parts[0] in _here())
         if HUB_ID.match(path) and not local:
-            return Held(path, "hub")
-        return Held(path, "missing", "no such directory")
+            return Contents(path, "hub")
+        return Contents(path, "missing", "no such directory")
     if not folder.is_dir():
-        return Held(path, "other", "is a file, not a model directory")
+        return Contents(path, "other", "is a file, not a model directory")
     config = _json(folder / "config.json")
     if (folder / "recipe.yaml").is_file() and (_json(folder / "manifest.json") or {}).get("status") != "complete":
-        return Held(path, "unfinished", "is an unfinished run", config=config)
+        return Contents(path, "unfinished", "is an unfinished run", config=config)
     if torn := _unreadable(folder):
-        return Held(path, "other", *torn, config=config)
+        return Contents(path, "other", *torn, config=config)
     if (folder / "adapter_config.json").is_file():
         adapter = _json(folder / "adapter_config.json") or {}
         base = adapter.get("base_model_name_or_path")
-        return Held(
+        return Contents(
             path, "adapter", base=base if isinstance(base, str) else None, reward=adapter.get("task_type") == "SEQ_CLS"
         )
     if config is None:
         there = (folder / "config.json").is_file()
-        return Held(path, "other", "its config.json is no JSON object" if there else "holds no config.json")
+        return Contents(path, "other", "its config.json is not a JSON object" if there else "holds no config.json")
     if not list(folder.glob("*.safetensors")):
         old = next((file.name for file in folder.glob("*.bin")), None)
-        found = f"holds {old} but no safetensors" if old else "holds no weights"
-        return Held(path, "other", found, "save it with save_pretrained (safetensors)", config=config)
+        finding = f"holds {old} but no safetensors" if old else "holds no weights"
+        return Contents(path, "other", finding, "save it with save_pretrained (safetensors)", config=config)
     architectures = config.get("architectures") or [""]
     if isinstance(architectures, list) and str(architectures[0]).endswith("ForSequenceClassification"):
-        return Held(path, "reward-model", config=config)
-    return Held(path, "causal-lm", config=config)
+        return Contents(path, "reward-model", config=config)
+    return Contents(path, "causal-lm", config=config)
 
 
 def _here() -> set[str]:
-    """Folders of the working directory: a path into one of them is no hub id."""
+    """Folders of the working directory: a path into one of them is not a hub id."""
     return {entry.name for entry in Path.cwd().iterdir() if entry.is_dir()}
 
 
@@ -102,10 +103,10 @@ def header(file: Path) -> dict:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > file.stat().st_size:
             raise ValueError("no safetensors header")
-        found = json.loads(stream.read(length))
-    if not isinstance(found, dict) or not all(_is_entry(*entry) for entry in found.items()):
+        content = json.loads(stream.read(length))
+    if not isinstance(content, dict) or not all(_is_entry(*entry) for entry in content.items()):
         raise ValueError("no safetensors header")
-    return found
+    return content
 
 
 def _is_entry(name: str, entry: object) -> bool:
@@ -114,7 +115,7 @@ def _is_entry(name: str, entry: object) -> bool:
 
 
 def _unreadable(folder: Path) -> tuple[str, str] | None:
-    """Which file is not what its name says and how to mend it; None if all can be read."""
+    """A file that cannot be read, and the remedy; None if all can be."""
     for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
         try:
             with file.open("rb") as stream:
@@ -124,9 +125,9 @@ def _unreadable(folder: Path) -> tuple[str, str] | None:
             if file.suffix == ".safetensors":
                 header(file)
         except ValueError:
-            return f"{file.name} is no whole safetensors file", "copy or write it again"
+            return f"{file.name} is not a complete safetensors file", "copy or write it again"
         except OSError as error:
-            return f"{file.name} cannot be read ({error.strerror})", "mend the file or its permissions"
+            return f"{file.name} cannot be read ({error.strerror})", "correct the file or its permissions"
     return None
 
 
@@ -162,7 +163,7 @@ def small_json(file: Path) -> dict:
 
 def _json(file: Path) -> dict | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from align_cli.compat import chat_date
+from align_cli.compat import chat_date, libraries
 from align_cli.errors import UpstreamError
 from align_cli.model import saved_tokenizer, templates
 from align_cli.recipe.sections import Model
@@ -28,7 +28,7 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
     EOS.
 
     A pad token equal to EOS makes libraries that mask padding by its id never learn to stop (trl#976). Where there is
-    no EOS, the token with which the template closes an answer serves. Raises UpstreamError if there is no tokenizer,
+    no EOS, the token with which the template closes an answer serves. Raises UpstreamError without a tokenizer,
     no template, or nothing that could end an answer.
     """
     path = path or model.path
@@ -97,7 +97,7 @@ def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str 
         loaded.resize_token_embeddings(len(tok), mean_resizing=True)
     for config in (loaded.config, loaded.generation_config):
         config.pad_token_id = tok.pad_token_id
-    if getattr(loaded.generation_config, "_from_model_config", False):
+    if libraries.made_from_config(loaded.generation_config):
         # no generation_config.json: what the model's config says of EOS is the architecture's default as a rule
         special = {index for index, token in tok.added_tokens_decoder.items() if token.special}
         loaded.generation_config.eos_token_id = [id for id in _ends(loaded) if id in special] or None

@@ -38,18 +38,18 @@ def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -
     """Write the model that an adapter directory stands for, merged into its base; whole or not at all.
 
     The merge is done in float32, so that a bfloat16 base does not round the update away before it is added. Raises
-    UpstreamError if the base is not there.
+    UpstreamError if the base does not exist.
     """
-    held = kind.look(adapter)
-    if held.kind != "adapter" or held.base is None:
-        raise UpstreamError(f"{adapter}: is no adapter; a full model needs no merging")
-    if kind.look(held.base).kind not in ("causal-lm", "reward-model", "hub"):
-        raise UpstreamError(f"{adapter}: its base {held.base} is not there; put it back, then merge")
-    loader: Any = AutoModelForSequenceClassification if held.reward else AutoModelForCausalLM
-    extra = {"num_labels": 1} if held.reward else {}
+    contents = kind.look(adapter)
+    if contents.kind != "adapter" or contents.base is None:
+        raise UpstreamError(f"{adapter}: is not an adapter; a full model needs no merging")
+    if kind.look(contents.base).kind not in ("causal-lm", "reward-model", "hub"):
+        raise UpstreamError(f"{adapter}: its base {contents.base} does not exist; put it back, then merge")
+    loader: Any = AutoModelForSequenceClassification if contents.reward else AutoModelForCausalLM
+    extra = {"num_labels": 1} if contents.reward else {}
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     base = loader.from_pretrained(
-        held.base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
+        contents.base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
     )
     if base.get_input_embeddings().weight.shape[0] < len(tokenizer):
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -58,7 +58,7 @@ def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -
     shutil.rmtree(part, ignore_errors=True)
     merged.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    (part / "merged_from.json").write_text(json.dumps({"adapter": adapter, "base": held.base}, indent=2) + "\n")
+    (part / "merged_from.json").write_text(json.dumps({"adapter": adapter, "base": contents.base}, indent=2) + "\n")
     if destination.exists():
         shutil.rmtree(destination)
     part.rename(destination)

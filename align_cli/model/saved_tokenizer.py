@@ -57,7 +57,7 @@ class SavedTokenizer:
 
 
 def read(model: Model, path: str) -> SavedTokenizer | None:
-    """The tokenizer of a model directory under the recipe's settings; None where there is no template or no file."""
+    """The tokenizer of a model directory under the recipe's settings; None without a template or a file."""
     folder = Path(path)
     template = templates.source(path, model.chat_template)
     try:
@@ -98,6 +98,6 @@ def closing(tokenizer: Any) -> str | None:
             behind = tokenizer.apply_chat_template([*opening, *talk], tokenize=False).rpartition("Zend")[2]
         except Exception:  # whatever a template raises by itself
             continue
-        if found := sorted((behind.find(token), token) for token in special if token and token in behind):
-            return found[0][1]
+        if closings := sorted((behind.find(token), token) for token in special if token and token in behind):
+            return closings[0][1]
     return None

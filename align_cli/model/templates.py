@@ -49,11 +49,11 @@ def source(path: str, named: str | None) -> str | dict[str, str] | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        found = kind.small_json(folder / name).get("chat_template")
-        if isinstance(found, list):
-            return {each["name"]: each["template"] for each in found}
-        if found:
-            return found
+        template = kind.small_json(folder / name).get("chat_template")
+        if isinstance(template, list):
+            return {each["name"]: each["template"] for each in template}
+        if template:
+            return template
     return None
 
 
@@ -74,14 +74,14 @@ def frozen(tokens: list[str]) -> str:
 
 
 def problems(path: str, named: str | None) -> list[str]:
-    """A line if the named template is not there, or if none is named and the model directory has none."""
+    """A line if the named template does not exist, or if the recipe names none and the model directory has none."""
     if named is not None:
         if named in BUILT_IN or Path(named).is_file():
             return []
         near = did_you_mean(named, list(BUILT_IN)) or f"; known: {', '.join(BUILT_IN)}, or the path of a Jinja file"
         return [f"model.chat_template: {named}: no such template{near}"]
-    held = kind.look(path)
-    if held.kind in ("causal-lm", "adapter") and not kind.has_chat_template(path):
+    contents = kind.look(path)
+    if contents.kind in ("causal-lm", "adapter") and not kind.has_chat_template(path):
         return [
             f"model.path: {path}: its tokenizer has no chat template; set model.chat_template= to "
             f"{', '.join(BUILT_IN)} or a Jinja file"

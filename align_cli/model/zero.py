@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from align_cli.compat import libraries
 from align_cli.recipe.sections import Zero
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Parameter
+    from transformers import PreTrainedModel
 
 
 def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
@@ -47,19 +53,18 @@ def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
 def build_operators() -> None:
     """Build, or load, DeepSpeed's operator for ranks on CPUs, one process at a time.
 
-    torch guards the build with a lock file that says nothing of its owner: one that a killed process left makes every
-    later run wait for ever. Ours is let go by the kernel, so whoever holds it knows that torch's is a leftover.
+    torch guards the build with a lock file that does not name its owner: one that a killed process left makes every
+    later run wait for ever. The kernel releases our flock on exit, so a remaining torch lock file is stale.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops import __compatible_ops__
-    from torch.utils.cpp_extension import _get_build_directory
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if get_accelerator()._name != "cpu" or builder is None or not __compatible_ops__.get(builder.NAME, False):
+    if libraries.deepspeed_accelerator() != "cpu" or builder is None or not __compatible_ops__.get(builder.NAME, False):
         return
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder / ".align-lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    folder = libraries.extension_folder(builder.name)
+    with (folder / ".align-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         # later loads in this process find it loaded
         builder.load(verbose=False)
@@ -87,18 +92,32 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@contextlib.contextmanager
-def loading_whole() -> Iterator[None]:
+def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Within, every rank has the whole parameters, of which it holds a part under ZeRO-3. With `writing`, what rank 0
+    changed goes to all ranks."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if writing else None)
+
+
+def on_device(model: PreTrainedModel, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within, every rank has the whole model on its device and can generate: under ZeRO-3 it holds a part, and under
+    ZeRO-1 and 2 trainers leave the model on the host until they train."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        model.to(device)
+    return gathered(model.parameters())
+
+
+def loading_whole() -> contextlib.AbstractContextManager[None]:
     """Within, models that are loaded are whole on every rank. For those that only score: `generate` waits for the other
     ranks as long as stage 3 is announced."""
-    from transformers.integrations import deepspeed
-
-    sharding = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = sharding
+    return libraries.no_zero3_loading()
 
 
 def load_whole_from_now_on() -> None:

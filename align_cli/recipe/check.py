@@ -8,21 +8,24 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from align_cli.errors import RecipeError, did_you_mean
-from align_cli.recipe import files, places, trainer
+from align_cli.recipe import files, places
+from align_cli.recipe import trl_config as trainer
 from align_cli.recipe.compose import Composed, compose
-from align_cli.recipe.schema import GROUPS, STAGES, Recipe
+from align_cli.recipe.places import GROUPS
+from align_cli.recipe.sections import Recipe
+from align_cli.recipe.stages import STAGES
 
 EXPECTED = re.compile(r"expected (.+), found (.+)", re.DOTALL)
 
 
 @cache
 def _adapter(stage: str) -> TypeAdapter:
-    return TypeAdapter(STAGES[stage])
+    return TypeAdapter(STAGES[stage].recipe)
 
 
 def load(stage: str, arguments: list[str]) -> tuple[Composed, Recipe]:
@@ -39,22 +42,22 @@ def check(composed: Composed) -> Recipe:
 
     Raises RecipeError with every unknown key, wrong type, broken rule and bad `trainer:` field.
     """
-    stage, tree, found = composed.stage, composed.tree, list(_not_finite(composed.tree))
+    stage, tree, problems = composed.stage, composed.tree, list(_not_finite(composed.tree))
     try:
         recipe = from_tree(stage, tree)
     except ValidationError as error:
         recipe = None
-        infinite = {key for key, _ in found}
+        infinite = {key for key, _ in problems}
         explained = _joined([_explain(stage, tree, detail) for detail in error.errors()])
-        found += [(key, text) for key, text in explained if key not in infinite]
+        problems += [(key, text) for key, text in explained if key not in infinite]
     if recipe is not None:
-        found += [problem for problem in _rules(recipe)]
+        problems += [problem for problem in _rules(recipe)]
     if isinstance(tree.get("trainer"), dict):
-        found += trainer.problems(stage, tree["trainer"])
-    if not found and not composed.problems:
+        problems += trainer.problems(stage, tree["trainer"])
+    if not problems and not composed.problems:
         return recipe
     sources = _Sources(composed)
-    lines = [*composed.problems, *(f"{sources.where(key)}{key}: {text}" for key, text in found)]
+    lines = [*composed.problems, *(f"{sources.where(key)}{key}: {text}" for key, text in problems)]
     method = tree.get("method")
     if isinstance(method, dict) and (other := _stage_of_method(stage, set(method))):
         lines.append(f"{composed.file}: its method: has the keys of a recipe for `align {other}`; run that instead")
@@ -63,8 +66,45 @@ def check(composed: Composed) -> Recipe:
 
 def from_tree(stage: str, tree: dict[str, Any]) -> Recipe:
     """The typed recipe of a plain tree. Raises pydantic's ValidationError."""
-    # Strict JSON mode: '3' is no number and 1 no boolean, but mappings may become sections.
+    # Strict JSON mode: '3' is not a number and 1 not a boolean, but mappings may become sections.
     return _adapter(stage).validate_json(json.dumps(tree, allow_nan=True), strict=True)
+
+
+def partial(composed: Composed) -> Recipe:
+    """The recipe as far as it validates, so that what it names can be looked at beside what is wrong with it.
+
+    A section that does not validate keeps its default; `model` and `data` are None then.
+    """
+    return _partial(STAGES[composed.stage].recipe, composed.tree)
+
+
+def _partial(cls: type, tree: dict[str, Any]) -> Any:
+    """A section with the fields that validate, and defaults for the others."""
+    made, hints = object.__new__(cls), get_type_hints(cls, include_extras=True)
+    for name, field in cls.__pydantic_fields__.items():
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        if name in tree:
+            value = _validated(hints[name], tree[name], value)
+        object.__setattr__(made, name, value)
+    return made
+
+
+def _validated(hint: Any, given: Any, default: Any) -> Any:
+    """A value of the annotated type, or as much of a section or of a list of sections as validates, or the default."""
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(given), strict=True)
+    except (ValidationError, ValueError, TypeError):
+        section = _section_in(hint)
+    if section is None:
+        return default
+    if isinstance(given, list):
+        entries = (_validated(section, {"path": one} if isinstance(one, str) else one, None) for one in given)
+        return [one for one in entries if one is not None] or default
+    required = {name for name, field in section.__pydantic_fields__.items() if field.is_required()}
+    if not isinstance(given, dict) or not required <= set(given):
+        return default
+    made = _partial(section, given)
+    return default if any(getattr(made, name) is None for name in required) else made
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:
@@ -94,8 +134,9 @@ def json_schema(stage: str) -> dict[str, Any]:
     schema["required"] = [
         key for key in schema.get("required", []) if key not in ("name", "run_dir", "model", "data", "reward")
     ]
-    method = _adapter_type(STAGES[stage], "method")
-    for section, block in ((STAGES[stage], schema), (method, schema["$defs"].get(method.__name__, {}))):
+    recipe = STAGES[stage].recipe
+    method = _adapter_type(recipe, "method")
+    for section, block in ((recipe, schema), (method, schema["$defs"].get(method.__name__, {}))):
         # pydantic loses the docstrings of inherited fields
         for base in section.__mro__:
             for key, field in vars(base).get("__pydantic_fields__", {}).items():
@@ -116,12 +157,12 @@ def json_schema(stage: str) -> dict[str, Any]:
 
 def _rules(section: Any, path: str = "") -> list[tuple[str, str]]:
     """Cross-field problems of a section and of the sections in it."""
-    found = list(section.rules()) if hasattr(section, "rules") else []
+    problems = list(section.rules()) if hasattr(section, "rules") else []
     for field in fields(section):
         value = getattr(section, field.name)
         if is_dataclass(value):
-            found += _rules(value, f"{path}{field.name}.")
-    return found
+            problems += _rules(value, f"{path}{field.name}.")
+    return problems
 
 
 def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -148,7 +189,7 @@ def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[
         return key, f"is missing; set {key}=…"
     if kind == "literal_error":
         allowed = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
-        return key, f"{given!r} is none of {allowed}{did_you_mean(str(given), allowed.split(', '))}"
+        return key, f"{given!r} is not one of {allowed}{did_you_mean(str(given), allowed.split(', '))}"
     if given == "None":
         return key, "'None' is text here; write null for nothing"
     if kind == "dataclass_type":
@@ -165,10 +206,10 @@ def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[
     return key, f"{message}, found {type(given).__name__} {given!r}"
 
 
-def _joined(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _joined(problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """One problem a key where a union of types gave one for each: `expected a number or a list, found …`."""
     by_key: dict[str, list[str]] = {}
-    for key, text in found:
+    for key, text in problems:
         by_key.setdefault(key, []).append(text)
     joined = []
     for key, texts in by_key.items():
@@ -176,7 +217,7 @@ def _joined(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
         if split and any(other.startswith((f"{key}[", f"{key}.")) for other in by_key):
             continue  # one type of the union fits so far, and what is wrong in it is said
         if len(texts) > 1 and split:
-            names = [name for text in texts if (name := re.search(r" is none of (.+?)(, did you mean|$)", text))]
+            names = [name for text in texts if (name := re.search(r" is not one of (.+?)(\. Did you mean|$)", text))]
             wanted = dict.fromkeys([*(match[1] for match in split), *(name[1] for name in names)])
             texts = [f"expected {' or '.join(wanted)}, found {split[0][2]}"]
         joined += [(key, text) for text in texts]
@@ -196,7 +237,7 @@ def _dotted(location: list[Any]) -> str:
 
 def _known_keys(stage: str, location: list[Any]) -> list[str]:
     """The keys of the section at a location."""
-    section: Any = STAGES[stage]
+    section: Any = STAGES[stage].recipe
     for part in location:
         if isinstance(part, int):
             continue
@@ -213,7 +254,7 @@ def _section_in(annotation: Any) -> Any:
     """The first section that an annotation such as `list[Source] | None` mentions."""
     if is_dataclass(annotation):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+    return next((inside for inner in get_args(annotation) if (inside := _section_in(inner))), None)
 
 
 def _stage_of_method(stage: str, keys: set[str]) -> str | None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from align_cli.errors import RecipeError, did_you_mean
 from align_cli.recipe import files, overrides, places
-from align_cli.recipe.schema import GROUPS, STAGES
+from align_cli.recipe.places import GROUPS
+from align_cli.recipe.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: l
                 raise RecipeError(f"{file}: {_hydras(error)}") from None
             picks[picks.index(lost)] = f"+{lost}"
         except (YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise RecipeError(f"{file}: cannot be composed ({_hydras(error)}); mend it or a file it names") from None
+            raise RecipeError(f"{file}: cannot be composed ({_hydras(error)}); correct it or a file it names") from None
     OmegaConf.set_struct(config, False)
     for pick in picks:
         group, _, name = pick.lstrip("+").partition("=")
@@ -126,7 +127,7 @@ def _hydras(error: Exception) -> str:
             "after the recipe whose choice it replaces"
         )
     text, _, key = text.partition(" full_key: ")
-    return f"{key.split()[0]}: {text}; mend the value or quote it" if key and "${" in text else text
+    return f"{key.split()[0]}: {text}; correct the value or quote it" if key and "${" in text else text
 
 
 def _missing(file: Path, error: Exception) -> str:
@@ -203,7 +204,7 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
 def _code_keys(node: Any, path: str = "") -> list[str]:
     if isinstance(node, dict):
         here = [f"{path}{key}" for key in node if str(key).startswith("_") and str(key).endswith("_")]
-        return here + [found for key, value in node.items() for found in _code_keys(value, f"{path}{key}.")]
+        return here + [below for key, value in node.items() for below in _code_keys(value, f"{path}{key}.")]
     if isinstance(node, list):
-        return [found for index, value in enumerate(node) for found in _code_keys(value, f"{path}{index}.")]
+        return [below for index, value in enumerate(node) for below in _code_keys(value, f"{path}{index}.")]
     return []

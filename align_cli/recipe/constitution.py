@@ -99,24 +99,24 @@ def load(named: str, key: str = "method.constitution") -> Constitution:
     files.read(file)  # syntax, keys written twice, tags
     text = file.read_bytes()
     try:
-        held = _adapter().validate_json(json.dumps(yaml.safe_load(text), default=str), strict=True)
+        parsed = _adapter().validate_json(json.dumps(yaml.safe_load(text), default=str), strict=True)
     except ValidationError as error:
         raise RecipeError(*dict.fromkeys(_explain(file, detail) for detail in error.errors())) from None
-    twice = [name for name, count in Counter(one.id for one in held.principles).items() if count > 1]
-    raise_all(RecipeError, [f"{file}: the principle '{name}' is there twice; rename one" for name in twice])
-    return Constitution(str(file), hashlib.sha256(text).hexdigest(), held.principles, held.examples)
+    twice = [name for name, count in Counter(one.id for one in parsed.principles).items() if count > 1]
+    raise_all(RecipeError, [f"{file}: the principle '{name}' occurs twice; rename one" for name in twice])
+    return Constitution(str(file), hashlib.sha256(text).hexdigest(), parsed.principles, parsed.examples)
 
 
 def problems(named: str, kinds: list[Kind]) -> list[str]:
     """Every problem of a constitution that is to serve prompts of these kinds, one line each."""
     try:
-        held = load(named)
+        loaded = load(named)
     except RecipeError as error:
         return list(error.lines)
     return [
-        f"{held.path}: no principle is for {kind} prompts; add one, with prompts: {kind} or all"
+        f"{loaded.path}: no principle is for {kind} prompts; add one, with prompts: {kind} or all"
         for kind in kinds
-        if not held.drawn_for(kind)
+        if not loaded.drawn_for(kind)
     ]
 
 
@@ -130,7 +130,7 @@ def _explain(file: Path, detail: dict[str, Any]) -> str:
     location, given, kind = list(detail["loc"]), detail.get("input"), detail["type"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     lines = (files.line_of(file, location[:end]) for end in range(len(location), 0, -1))
-    line = next((found for found in lines if found), None)
+    line = next((number for number in lines if number), None)
     where = f"{file}:{line}" if line else str(file)
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: {key}: is missing; write it"
@@ -147,14 +147,14 @@ def _explain(file: Path, detail: dict[str, Any]) -> str:
 def chosen(named: str, wanted: list[str] | None, key: str) -> Constitution:
     """The constitution with the principles of these names only; None for all. `key` is the reward that names them.
     Raises RecipeError with every problem."""
-    held = load(named, f"{key}.constitution")
-    known = [one.id for one in held.principles]
+    loaded = load(named, f"{key}.constitution")
+    known = [one.id for one in loaded.principles]
     raise_all(
         RecipeError,
         [
-            f"{key}.principles: {held.path} holds no principle '{name}'{did_you_mean(name, known)}"
+            f"{key}.principles: {loaded.path} holds no principle '{name}'{did_you_mean(name, known)}"
             for name in wanted or ()
             if name not in known
         ],
     )
-    return replace(held, principles=[one for one in held.principles if wanted is None or one.id in wanted])
+    return replace(loaded, principles=[one for one in loaded.principles if wanted is None or one.id in wanted])

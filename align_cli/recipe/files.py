@@ -11,7 +11,7 @@ from typing import Any
 
 from align_cli.errors import RecipeError
 from align_cli.recipe import places
-from align_cli.recipe.schema import GROUPS
+from align_cli.recipe.places import GROUPS
 
 PLAIN = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge"}
 """YAML's own types that a recipe may hold; any other tag would make something of the text."""
@@ -26,7 +26,7 @@ def read(file: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise RecipeError(f"{where}: not valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
+        raise RecipeError(f"{where}: not valid YAML ({getattr(error, 'problem', error)}); correct this line") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     if node is None or not isinstance(node, yaml.MappingNode):
@@ -39,7 +39,7 @@ def read(file: Path) -> Any:
 
 
 def _wrong(node: Any, path: str, seen: set[int]) -> Iterator[tuple[int, str]]:
-    """(line, what is wrong) for every key written twice, key that is no word, and tag that asks for more than data."""
+    """(line, problem) for every key written twice, key that is not a word, and tag that asks for more than data."""
     import yaml
 
     if id(node) in seen:  # an alias
@@ -71,9 +71,9 @@ def parts(stage: str, file: Path, picks: list[str]) -> list[tuple[Path, str]]:
     """
     lines: list[str] = []
     picked = {group: places.group_files(group)[name] for group, _, name in (pick.partition("=") for pick in picks)}
-    found = [part for part in _parts(stage, file, lines, ()) if part[1] not in picked]
-    found += [(part, group) for group, part in picked.items()]
-    for part, group in found:
+    kept = [part for part in _parts(stage, file, lines, ()) if part[1] not in picked]
+    kept += [(part, group) for group, part in picked.items()]
+    for part, group in kept:
         if group:
             try:
                 read(part)
@@ -81,7 +81,7 @@ def parts(stage: str, file: Path, picks: list[str]) -> list[tuple[Path, str]]:
                 lines += error.lines
     if lines:
         raise RecipeError(*dict.fromkeys(lines))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(kept))
 
 
 def _parts(stage: str, file: Path, lines: list[str], above: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
@@ -142,7 +142,7 @@ def _inherited(stage: str, file: Path, name: str) -> Path | None:
     """The recipe that an entry of `defaults` means: beside the file, or in the folders that Hydra searches."""
     folders = [file.parent, *(folder for root in places.roots() for folder in (root, root / stage))]
     plain = name.strip().lstrip("/").removesuffix(".yaml")
-    return next((found for folder in folders if (found := folder / f"{plain}.yaml").is_file()), None)
+    return next((candidate for folder in folders if (candidate := folder / f"{plain}.yaml").is_file()), None)
 
 
 def line_of(file: Path, path: list[str | int]) -> int | None:

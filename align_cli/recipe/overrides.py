@@ -7,7 +7,7 @@ from typing import Any
 
 from align_cli.errors import RecipeError, did_you_mean
 from align_cli.recipe import places
-from align_cli.recipe.schema import GROUPS
+from align_cli.recipe.places import GROUPS
 
 OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[\w./@\-]+)(=(?P<value>.*))?$", re.DOTALL)
 
@@ -18,14 +18,14 @@ def split(arguments: list[str], lines: list[str]) -> tuple[str, list[str]]:
     for text in arguments:
         if text.startswith("-") and not text.startswith("~"):
             plain = text.lstrip("-")
-            lines.append(f"command line: {text} is no option; write {plain if '=' in plain else plain + '=VALUE'}")
+            lines.append(f"command line: {text} is not an option; write {plain if '=' in plain else plain + '=VALUE'}")
         elif text.startswith("recipe="):
             if named:
                 lines.append(f"command line: recipe= is given twice ({named}, {text[7:]}); keep one")
             named = text[7:]
         elif not (match := OVERRIDE.match(text)) or (match["value"] is None and match["sign"] != "~"):
             hint = f"recipe={text}" if text.endswith(".yaml") else "key=value"
-            lines.append(f"command line: '{text}' is no setting; write {hint}")
+            lines.append(f"command line: '{text}' is not a setting; write {hint}")
         else:
             overrides.append(text)
     if named is None or not named:
@@ -80,7 +80,7 @@ def apply(config: Any, text: str) -> None:
             if parsed.is_sweep_override():
                 raise RecipeError(f"command line: {text}: {_no_sweep(key, raw, value)}")
         except HydraException:
-            value = raw  # `runs/lr=5e-7` is no value in Hydra's grammar, but people mean the text
+            value = raw  # `runs/lr=5e-7` is not a value in Hydra's grammar, but the text is meant
         merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, key))
         OmegaConf.update(config, key, value, merge=merge, force_add=True)
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:

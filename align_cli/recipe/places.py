@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from align_cli.errors import RecipeError, did_you_mean
-from align_cli.recipe.schema import STAGES
+from align_cli.recipe.stages import STAGES
+
+GROUPS = ("model", "data", "lora", "zero")
+"""Config groups: a plain name on the command line or in `defaults` picks a file of recipes/<group>/."""
 
 
 def shipped() -> Path:
@@ -24,13 +27,13 @@ def roots() -> list[Path]:
 
 
 def listing() -> dict[str, Path]:
-    """`stage/name` -> file, for every recipe in sight; one in the working directory hides a shipped one."""
-    found: dict[str, Path] = {}
+    """`stage/name` -> file, for every recipe that can be found; one in the working directory hides a shipped one."""
+    recipes: dict[str, Path] = {}
     for root in roots():
         for stage in STAGES:
             for file in sorted((root / stage).glob("*.yaml")):
-                found.setdefault(f"{stage}/{file.stem}", file)
-    return found
+                recipes.setdefault(f"{stage}/{file.stem}", file)
+    return recipes
 
 
 def _folders(stage: str) -> list[Path]:
@@ -46,24 +49,24 @@ def find(stage: str, named: str) -> Path:
     plain = named if named.endswith(".yaml") else f"{named}.yaml"
     places = [folder / name for name in dict.fromkeys((named, plain)) for folder in _folders(stage)]
     there = [place for place in places if place.is_file()]
-    if found := next((place for place in there if place.suffix == ".yaml"), None):
-        return found
+    if file := next((place for place in there if place.suffix == ".yaml"), None):
+        return file
     if there:
         raise RecipeError(f"recipe={named}: recipes end in .yaml; rename {there[0]} to {there[0].with_suffix('.yaml')}")
     known = {key.removeprefix(f"{stage}/"): key for key in listing() if key.startswith(f"{stage}/")}
     wanted = Path(named).name.removesuffix(".yaml")
     nearest = did_you_mean(wanted, list(known))
-    shelf = f"known for {stage}: {', '.join(known) or 'none'}"
+    listed = f"known for {stage}: {', '.join(known) or 'none'}"
     elsewhere = [key for key in listing() if key.endswith(f"/{wanted}")]
     if elsewhere and not nearest:
-        shelf += f"; of that name there is {', '.join(elsewhere)}"
-    raise RecipeError(f"recipe={named}: no such file or recipe{nearest or ';'} ({shelf})".replace("; (", " ("))
+        listed += f"; of that name there is {', '.join(elsewhere)}"
+    raise RecipeError(f"recipe={named}: no such file or recipe{nearest or ';'} ({listed})".replace("; (", " ("))
 
 
 def group_files(group: str) -> dict[str, Path]:
     """Name -> file of a config group (`model`, `data`, `lora`, `zero`)."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for root in roots():
         for file in sorted((root / group).glob("*.yaml")):
-            found.setdefault(file.stem, file)
-    return found
+            files.setdefault(file.stem, file)
+    return files

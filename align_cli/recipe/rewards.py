@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from align_cli.recipe.generation import OptionalGenerator
 from align_cli.recipe.sections import Count, Positive, as_source, section
-from align_cli.recipe.speaker import OptionalSpeaker
 
 
 @section
@@ -18,7 +18,8 @@ class Verify:
 
     kind: Literal["exact", "numeric", "regex", "json-schema"]
     """exact: the same text, white space apart; numeric: the same last number; regex: the cell's pattern is found;
-    json-schema: JSON, bare or in a fenced block, that the cell's schema allows (a subset of draft 2020-12)."""
+    json-schema: JSON, bare or in a fenced block, that the cell's schema allows (draft 2020-12 unless it
+    names another, formats included)."""
     column: str
     """Column of the data that holds what is right."""
     extract: str | None = None
@@ -28,7 +29,7 @@ class Verify:
         try:
             re.compile(self.extract or "")
         except re.error as error:
-            yield "verify.extract", f"{self.extract!r} is no pattern ({error}); mend it"
+            yield "verify.extract", f"{self.extract!r} is not a valid pattern ({error}); correct it"
 
 
 @section
@@ -42,7 +43,7 @@ class RewardSource:
     python: str | None = None
     """In place of a run: `module:function`, called as function(prompts, responses) with lists of messages and of texts,
     giving a number a response. Runs only if the command was given --allow-code."""
-    judge: OptionalSpeaker = None
+    judge: OptionalGenerator = None
     """In place of a run, in rounds of DPO: compare a prompt's answers with each other, each two in both orders. An
     answer's reward is the mean probability that it is the better one."""
     constitution: str = "default"
@@ -67,10 +68,10 @@ class RewardSource:
     def rules(self) -> Iterator[tuple[str, str]]:
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
-            found = f"and {' and '.join(given[1:])} both say" if given else "or verify, python or judge must say"
+            finding = f"and {' and '.join(given[1:])} both say" if given else "or verify, python or judge must say"
             yield (
                 given[0] if given else "path",
-                f"{found} where the reward comes from; give one of them, and null for any other",
+                f"{finding} where the reward comes from; give one of them, and null for any other",
             )
         if self.verify is not None:
             yield from self.verify.rules()
@@ -117,7 +118,7 @@ class Guard:
         "nan",
     ]
     """kl is in nats a sequence; gold_reward is a held-out reward model's; reward_spread an ensemble's; nan is any
-    figure that is no number any more, seen at once and without a threshold."""
+    metric that is NaN or infinite: fires at once and needs no threshold."""
     above: float | None = None
     """The figure must not exceed this."""
     below: float | None = None
@@ -135,7 +136,7 @@ class Guard:
             yield "guards", f"the guard on {self.metric} has no threshold; give above, below or drop"
 
 
-def guard_rules(guards: list[Guard], gold: Any) -> Iterator[tuple[str, str]]:
+def guard_rules(guards: list[Guard], gold: RewardSource | None) -> Iterator[tuple[str, str]]:
     """What concerns guards and what they watch."""
     for guard in guards:
         yield from guard.rules()
@@ -153,9 +154,19 @@ def reward_keys(count: int) -> list[str]:
     return [f"reward[{at}]" for at in range(count)] if count > 1 else ["reward"][:count]
 
 
+def keyed(rewards: list[RewardSource] | None) -> list[tuple[str, RewardSource]]:
+    """(key, source) of the rewards of a recipe."""
+    return list(zip(reward_keys(len(rewards or [])), rewards or [], strict=True))
+
+
+def gold_models(gold: RewardSource | None) -> list[tuple[str, str]]:
+    """(key, path) of the gold reward model, if one is named."""
+    return [("gold.path", gold.path)] if gold is not None and gold.path is not None else []
+
+
 def reward_rules(rewards: list[RewardSource], *, rounds: bool = False) -> Iterator[tuple[str, str]]:
     """What is wrong with each source of reward."""
-    for source, place in zip(rewards, reward_keys(len(rewards)), strict=True):
+    for place, source in keyed(rewards):
         yield from ((f"{place}.{key}", text) for key, text in source.rules())
         if source.judge is not None and not rounds:
             yield (

@@ -7,11 +7,18 @@ the disk (an upstream run, a data file) are in `run/preflight.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass as plain_dataclass
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from align_cli.recipe.stages import STAGES, RowKind, StageSpec
+
+if TYPE_CHECKING:
+    from align_cli.recipe.generation import GeneratorSource
+    from align_cli.recipe.rewards import RewardSource
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 section = dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -193,7 +200,7 @@ class Launch:
     """Processes and hosts."""
 
     num_gpus: Count = 1
-    """Ranks on this machine; CPU ranks over gloo where there is no GPU."""
+    """Ranks on this machine; CPU ranks over gloo without a GPU."""
     hostfile: str | None = None
     """DeepSpeed hostfile: `host slots=8` a line."""
     num_nodes: Count | None = None
@@ -218,3 +225,139 @@ class Samples:
 
 def as_samples(value: Any) -> Any:
     return {"prompts": value} if isinstance(value, (str, list)) else value
+
+
+@plain_dataclass(frozen=True)
+class Rollout:
+    """How a stage that samples uses its episodes."""
+
+    k: int
+    """Samples a prompt."""
+    minibatches: int
+    """Optimizer steps a pass."""
+    epochs: int
+    """Passes over a rollout."""
+
+
+@section
+class Recipe:
+    """A stage's settings after composition: the keys every stage has, and what follows from them.
+
+    The methods answer what differs by stage and depends on the settings; what is fixed stands in `stages.STAGES`.
+    """
+
+    stage: ClassVar[str]
+    """Its name in `stages.STAGES`."""
+
+    name: str
+    """Run name; default the recipe file's."""
+    model: Model
+    data: Data
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seeds data order, splits, adapters and sampling."""
+    run_dir: str
+    """Where the run's files go; default runs/<name>/<stage>."""
+    force: bool = False
+    """Run again even if a finished, unchanged run exists."""
+    lora: Lora | None = None
+    zero: Zero = Field(default_factory=Zero)
+    launch: Launch = Field(default_factory=Launch)
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Any field of the stage's TRL config, checked against it."""
+    samples: Annotated[
+        Samples | None, BeforeValidator(as_samples, json_schema_input_type=str | list[str] | Samples | None)
+    ] = None
+
+    @property
+    def spec(self) -> StageSpec:
+        """What is fixed about its stage."""
+        return STAGES[self.stage]
+
+    def row_kind(self) -> RowKind:
+        """What the rows of data.train hold."""
+        return self.spec.rows
+
+    def pairing(self) -> str:
+        """How many pairs, or labelled responses, a ranking gives: a value of method.pairs or method.split."""
+        return "best-worst"
+
+    def packs(self) -> bool:
+        """Whether several rows share one sequence, so that steps are unknown before the rows are tokens."""
+        return False
+
+    def rollout(self) -> Rollout | None:
+        """How episodes are used, for stages that sample while they train."""
+        return None
+
+    def micro_step(self, per_device: int) -> tuple[int, int | None]:
+        """(rows, tokens a row) that go through the model at a time; None for the device's default."""
+        return per_device, self.data.max_length
+
+    def unused_keys(self) -> frozenset[str]:
+        """Keys of `method` that this recipe's other settings leave without effect."""
+        return frozenset()
+
+    def batch_problems(self, per_device: int, ranks: int) -> Iterator[tuple[str, str]]:
+        """(key, problem) of a batch that gives each of so many ranks so many rows at a time."""
+        return iter(())
+
+    def alternative(self) -> Recipe | None:
+        """The same recipe with its models placed otherwise, whose memory the plan shows, too."""
+        return None
+
+    def earlier_rows(self) -> str | None:
+        """A directory of an earlier run whose rows are used again."""
+        return None
+
+    # -- models beside the one that is trained
+
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference model."""
+        return False
+
+    def reference_path(self) -> str | None:
+        """The reference that the recipe names; None for the policy as it starts."""
+        return None
+
+    def copies(self, role: str) -> int:
+        """How many models of a role (`stages.Role`) have weights of their own in memory."""
+        if role == "reference":
+            # under LoRA the reference is the policy with its adapter off
+            return int(self.needs_reference() and (self.lora is None or self.reference_path() is not None))
+        return int(role == "policy")
+
+    def adapters(self) -> int:
+        """LoRA adapters that are trained."""
+        return 1 if self.lora else 0
+
+    def reward_sources(self) -> list[tuple[str, RewardSource]]:
+        """(key, source) of every reward that is optimised."""
+        return []
+
+    def reward_models(self) -> list[tuple[str, str]]:
+        """(key, path) of every reward model that is named: rewards, the value function's start, the gold model."""
+        return [(f"{key}.path", source.path) for key, source in self.reward_sources() if source.path is not None]
+
+    def backbone_models(self) -> list[tuple[str, str]]:
+        """(key, path) of reward models that must be adapters on the policy's own backbone."""
+        return []
+
+    def reward_functions(self) -> list[tuple[str, str]]:
+        """(key, module:function) of every Python function that is a reward."""
+        return [(f"{key}.python", source.python) for key, source in self.reward_sources() if source.python is not None]
+
+    def compared_columns(self) -> list[str]:
+        """Columns of the data that rewards compare responses with."""
+        return list(dict.fromkeys(source.verify.column for _, source in self.reward_sources() if source.verify))
+
+    def judges(self) -> list[tuple[str, RewardSource]]:
+        """(key, source) of every reward that is a judge's."""
+        return [(key, source) for key, source in self.reward_sources() if source.judge is not None]
+
+    def generators(self) -> list[tuple[str, GeneratorSource]]:
+        """(key, source) of every model that writes or judges, the judges of rewards aside."""
+        return []
+
+    def method_sources(self) -> list[tuple[str, list[Source], RowKind]]:
+        """(key, sources, row kind) of data that `method` names beside `data`."""
+        return []

@@ -1,4 +1,4 @@
-"""What a run was made from, as a tree, with every parent that is no longer what it was. Imports no torch."""
+"""What a run was made from, as a tree, with every parent that has changed since. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ SHOWN = ("loss", "train_loss", "eval_loss", "eval_rewards/accuracies")
 def show(path: str, console: Console) -> bool:
     """Draw the tree above a run. Returns whether everything in it is still as it was.
 
-    Raises UpstreamError if there is no run.
+    Raises UpstreamError if no run exists.
     """
     if not Path(path).is_dir():
         raise UpstreamError(f"{path}: no such run; runs are under runs/<name>/<stage>")
     if manifest.read(path) is None and not RunDirectory(path).recipe.is_file():
-        raise UpstreamError(f"{path}: is no run (no manifest.json); name a directory such as runs/<name>/<stage>")
+        raise UpstreamError(
+            f"{path}: is not a run (it has no manifest.json); name a directory such as runs/<name>/<stage>"
+        )
     stale: list[str] = []
     console.print(_branch(path, None, stale, set()))
     for line in stale:
@@ -67,8 +69,8 @@ def _summary(path: str, made: dict[str, Any] | None) -> str:
     if made is not None:
         figures = [f"{key} {made['metrics'][key]:.4g}" for key in SHOWN if key in made.get("metrics", {})]
         # somebody else's manifest.json need not hold what ours does
-        said = [made.get(key, "?") for key in ("stage", "status", "finished")]
-        return " · ".join(["{}, {} {}".format(*said), *figures])
-    held = kind.look(path)
+        parts = [made.get(key, "?") for key in ("stage", "status", "finished")]
+        return " · ".join(["{}, {} {}".format(*parts), *figures])
+    contents = kind.look(path)
     names = {"hub": "hub id", "missing": "gone", "unfinished": "unfinished", "causal-lm": "model directory"}
-    return names.get(held.kind, held.kind)
+    return names.get(contents.kind, contents.kind)

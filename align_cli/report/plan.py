@@ -8,33 +8,32 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from align_cli.model import kind
+from align_cli.model import kind, precision
 from align_cli.model.memory import GIB, Part
+from align_cli.preferences import plan as rounds
+from align_cli.recipe.generation import GeneratorSource
+from align_cli.recipe.preferences import SpinRecipe
 from align_cli.recipe.rewards import RewardSource
-from align_cli.recipe.sections import Source
-from align_cli.recipe.speaker import Speaker
-from align_cli.run import devices, loops
-from align_cli.run.footprint import resolve_dtype
+from align_cli.recipe.sections import Recipe, Source
+from align_cli.recipe.stages import REFERENCE
+from align_cli.run import devices
 from align_cli.run.preflight import Plan
 
 
 def show(plan: Plan, console: Console) -> None:
     """Print a plan, a line a subject."""
-    recipe, stage = plan.recipe, plan.composed.stage
+    recipe = plan.recipe
     rows: list[tuple[str, str]] = []
-    console.print(f"align {stage} recipe={plan.composed.file}", style="bold", highlight=False, markup=False)
+    console.print(f"align {recipe.stage} recipe={plan.composed.file}", style="bold", highlight=False, markup=False)
     size = f"{plan.size.parameters / 1e9:.3g} B parameters" if plan.size else "size unknown until it is loaded"
     pending = "  (still to be made)" if kind.look(recipe.model.path).kind == "missing" else ""
-    rows.append(("model", f"{recipe.model.path}{pending} · {size} · {resolve_dtype(recipe)}"))
+    rows.append(("model", f"{recipe.model.path}{pending} · {size} · {precision.trained(recipe)}"))
     if recipe.lora:
         rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
-    if hasattr(recipe, "reference"):
-        held = getattr(recipe.method, "needs_reference", lambda: True)()
-        own = "each round's start" if loops.sampling(recipe) else "the policy as it starts"
-        named = recipe.reference.path if recipe.reference else own
-        rows.append(("reference", named if held else "none, since nothing is compared with one"))
-    for source in getattr(recipe, "reward", None) or []:
-        rows.append(("reward", _said(source)))
+    if (reference := _reference(recipe)) is not None:
+        rows.append(("reference", reference))
+    rows += [("reward", _reward(source)) for _, source in recipe.reward_sources()]
+    rows += [("gold", path) for key, path in recipe.reward_models() if key == "gold.path"]
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
         if isinstance(value, list):
@@ -44,12 +43,10 @@ def show(plan: Plan, console: Console) -> None:
                 rows.append((f"data.{key}", f"{source.path}{weight}{pending}"))
         elif value is not None:
             rows.append((f"data.{key}", f"{value:.0%} of the prompts"))
-    for role in ("writer", "feedback"):
-        if (speaker := getattr(recipe, role, None)) is not None:
-            rows.append((role, speaker.path or said_of(speaker)))
+    rows += [(key, source.path or _endpoint(source)) for key, source in recipe.generators()]
     for line in plan.notes:
         rows.append(("", line))
-    rows.append(("method", _settings(recipe.method, loops.idle(recipe))))
+    rows.append(("method", _settings(recipe.method, recipe.unused_keys())))
     batch = plan.batch
     rows.append(
         (
@@ -59,18 +56,18 @@ def show(plan: Plan, console: Console) -> None:
         )
     )
     about = "about " if plan.roughly() else ""
-    rounds = loops.plan(recipe, plan.counts, batch.total)
-    rows += rounds
-    if not rounds:
+    loop = rounds.plan(recipe, plan.counts, batch.total)
+    rows += loop
+    if not loop:
         rows.append(("steps", f"{about}{steps}" if (steps := plan.steps()) else "known when the rows are read"))
     device = "GPU" if devices.gpus() else "CPU"
     hosts = f" over {recipe.launch.hostfile}" if recipe.launch.hostfile else ""
     rows.append(("ranks", f"{plan.ranks} × {device}{hosts}, ZeRO stage {recipe.zero.stage}"))
     if plan.memory:
-        rows.append(("memory", f"≈ {_held(plan.memory)}"))
+        rows.append(("memory", f"≈ {_total(plan.memory)}"))
     if plan.other_memory:
         other = "four models, without lora" if recipe.lora else "one backbone for the four models, with lora"
-        rows.append(("", f"≈ {_held(plan.other_memory)} as {other}"))
+        rows.append(("", f"≈ {_total(plan.other_memory)} as {other}"))
     rows.append(("run", f"{recipe.run_dir} ({plan.state})"))
     for command in plan.todo:
         rows.append(("needs", f"`{command}`"))
@@ -78,32 +75,41 @@ def show(plan: Plan, console: Console) -> None:
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     for name, text in rows:
-        # names of files and excerpts of rows hold brackets, which are no markup
+        # names of files and excerpts of rows hold brackets, which are not markup
         grid.add_row(name, Text(text))
     console.print(grid, highlight=False)
 
 
-def said_of(speaker: Speaker) -> str:
-    """Where a speaker is asked."""
-    return f"{speaker.model} at {speaker.endpoint}, {speaker.concurrency} requests at a time"
+def _reference(recipe: Recipe) -> str | None:
+    """What the plan says of the reference; None for stages that have none."""
+    if REFERENCE not in recipe.spec.models or isinstance(recipe, SpinRecipe):
+        return None
+    if not recipe.needs_reference():
+        return "none: no loss compares with one"
+    own = "each round's start" if rounds.in_rounds(recipe) else "the policy as it starts"
+    return recipe.reference_path() or own
 
 
-def _said(source: RewardSource) -> str:
+def _endpoint(source: GeneratorSource) -> str:
+    return f"{source.model} at {source.endpoint}, {source.concurrency} requests at a time"
+
+
+def _reward(source: RewardSource) -> str:
     """Where a reward comes from."""
     if source.verify is not None:
         return f"{source.verify.kind}, compared with '{source.verify.column}'"
     if source.judge is not None:
-        return f"{source.judge.path or said_of(source.judge)}, a judge under {source.judge.constitution}"
+        return f"{source.judge.path or _endpoint(source.judge)}, a judge under {source.constitution}"
     return source.path or f"{source.python} (Python)"
 
 
-def _held(memory: list[Part]) -> str:
+def _total(memory: list[Part]) -> str:
     parts = [f"{part.name} {'≈ ' if part.estimated else ''}{part.bytes / GIB:.2f}" for part in memory]
     return f"{sum(part.bytes for part in memory) / GIB:.1f} GiB a rank ({', '.join(parts)})"
 
 
-def _settings(section: object, idle: set[str]) -> str:
-    shown = [(field.name, getattr(section, field.name)) for field in fields(section) if field.name not in idle]
+def _settings(section: object, unused: frozenset[str] = frozenset()) -> str:
+    shown = [(field.name, getattr(section, field.name)) for field in fields(section) if field.name not in unused]
     return ", ".join(f"{name} {_plain(value)}" for name, value in shown if value not in (None, []))
 
 

@@ -13,20 +13,20 @@ from align_cli.compat import chat_date
 from align_cli.data import chat
 from align_cli.data.groups import labelled, read_groups, stream_groups
 from align_cli.model import kind, load
-from align_cli.run import loops
-from align_cli.run.preflight import NEEDS, Plan
+from align_cli.recipe.preferences import KtoRecipe
+from align_cli.recipe.supervised import SftRecipe
+from align_cli.run.preflight import Plan
 
 TRAINED, MASKED, SPECIAL, LOST = "bold green", "dim", "bold magenta", "yellow"
 
 
 def show(plan: Plan, count: int, console: Console) -> None:
     """Print the first rows of the training data. Raises DataError or UpstreamError."""
-    recipe, stage = plan.recipe, plan.composed.stage
-    held = kind.look(recipe.model.path)
-    path = recipe.model.path if held.kind not in ("missing", "unfinished") else plan.tokenizer_path()
+    recipe, need = plan.recipe, plan.recipe.row_kind()
+    contents = kind.look(recipe.model.path)
+    path = recipe.model.path if contents.kind not in ("missing", "unfinished") else plan.tokenizer_path()
     chat_date.use(recipe.data.date)
     tokenizer = load.tokenizer(recipe.model, path)
-    need = "prompts" if loops.sampling(recipe) else NEEDS[stage]
     if recipe.data.streaming:
         groups = list(islice(stream_groups(recipe.data, need, recipe.seed, []), count))
     else:
@@ -34,7 +34,9 @@ def show(plan: Plan, count: int, console: Console) -> None:
     console.print(
         Text.assemble(("trained", TRAINED), " · ", ("seen, not trained", MASKED), " · ", ("special token", SPECIAL))
     )
-    last_only = stage == "sft" and recipe.method.train_on == "last-turn"
+    # a ranked or labelled response is its last turn; demonstrations are trained on all of theirs by default
+    conversations = isinstance(recipe, SftRecipe)
+    last_only = not conversations or recipe.method.train_on == "last-turn"
     notes: Counter[str] = Counter()
     for group in groups:
         console.rule(group.place, align="left", style="dim")
@@ -46,11 +48,11 @@ def show(plan: Plan, count: int, console: Console) -> None:
                 continue
             console.print(_coloured(tokenizer, chat.Turns(ids, [False] * len(ids))))
             console.print(f"{len(ids)} tokens of prompt", style="dim", highlight=False)
-        kinds = dict(labelled(group, recipe.method.split)) if need == "labels" else {}
-        for index, response in enumerate(group.responses if stage != "sft" else group.responses[:1]):
+        kinds = dict(labelled(group, recipe.method.split)) if isinstance(recipe, KtoRecipe) else {}
+        for index, response in enumerate(group.responses[:1] if conversations else group.responses):
             if kinds and index not in kinds:
                 continue
-            how = {"last_turn_only": last_only or stage != "sft", "tools": group.tools, "notes": notes}
+            how = {"last_turn_only": last_only, "tools": group.tools, "notes": notes}
             try:
                 turns = chat.conversation(tokenizer, group.prompt, response, **how)
             except chat.Unrenderable as error:
@@ -59,7 +61,7 @@ def show(plan: Plan, count: int, console: Console) -> None:
             kept = chat.Turns(turns.ids[: recipe.data.max_length], turns.trained[: recipe.data.max_length])
             if kinds:
                 console.print("a good response" if kinds[index] else "a bad response", style="italic")
-            elif stage != "sft":
+            elif not conversations:
                 console.print(f"response {index + 1} of {len(group.responses)}, best first", style="italic")
             console.print(_coloured(tokenizer, kept))
             cut = len(turns.ids) - len(kept.ids)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from align_cli.errors import RecipeError
-from align_cli.recipe import trainer
-from align_cli.recipe.schema import Recipe
+from align_cli.recipe import trl_config
+from align_cli.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)
@@ -18,31 +18,24 @@ class Batch:
     total: int
 
 
-def arithmetic(stage: str, recipe: Recipe, ranks: int) -> Batch:
+def arithmetic(recipe: Recipe, ranks: int) -> Batch:
     """The batch that `ranks` ranks make.
 
     Raises RecipeError if data.batch_size does not divide, naming the numbers that would.
     """
-    known = trainer.fields(stage)
-    given = recipe.trainer
+    known, given = trl_config.fields(recipe.stage), recipe.trainer
     per_device = given.get("per_device_train_batch_size", known["per_device_train_batch_size"].default)
     accumulation = given.get("gradient_accumulation_steps")
-    method = getattr(recipe, "method", None)
-    wanted, pieces = recipe.data.batch_size, getattr(method, "minibatches", 1)
-    # of a rollout; the K answers of iterative DPO are no rows of a step
-    k = getattr(method, "k", 1) if hasattr(method, "minibatches") else 1
-    if wanted is not None and wanted % pieces:
-        raise RecipeError(
-            f"data.batch_size: {wanted} episodes do not divide by method.minibatches={pieces}; "
-            f"{_near(wanted, pieces)} would"
-        )
-    if wanted is not None and wanted % k:
-        raise RecipeError(
-            f"data.batch_size: {wanted} episodes do not divide by method.k={k} samples a prompt; "
-            f"{_near(wanted, k)} would"
-        )
-    # an optimizer step of a stage that samples sees one minibatch of a rollout
-    wanted = wanted // pieces if wanted is not None else None
+    wanted, rollout = recipe.data.batch_size, recipe.rollout()
+    if wanted is not None and rollout is not None:
+        for key, unit, what in (("minibatches", rollout.minibatches, ""), ("k", rollout.k, " samples a prompt")):
+            if wanted % unit:
+                raise RecipeError(
+                    f"data.batch_size: {wanted} episodes do not divide by method.{key}={unit}{what}; "
+                    f"{_near(wanted, unit)} would"
+                )
+        # an optimizer step of a stage that samples sees one minibatch of a rollout
+        wanted //= rollout.minibatches
     for key, value in (("per_device_train_batch_size", per_device), ("gradient_accumulation_steps", accumulation)):
         if value is not None and value < 1:
             raise RecipeError(f"trainer.{key}: is {value}; give 1 or more")
@@ -58,7 +51,7 @@ def arithmetic(stage: str, recipe: Recipe, ranks: int) -> Batch:
             "it follows from the rest"
         )
     if "per_device_train_batch_size" not in given:
-        # nothing was asked for: the largest micro-batch up to the default that divides
+        # the recipe leaves it open: the largest micro-batch up to the default that divides
         per_device = next((n for n in range(min(per_device, wanted), 0, -1) if wanted % (n * ranks) == 0), 0)
         if not per_device:
             raise RecipeError(

@@ -23,9 +23,9 @@ def gpus() -> int:
 def hosts(hostfile: str) -> dict[str, int]:
     """Host -> slots of a DeepSpeed hostfile, in order.
 
-    Raises LaunchError with every line that is no `host slots=N`.
+    Raises LaunchError with every line that is not `host slots=N`.
     """
-    file, found, lines = Path(hostfile), {}, []
+    file, slots, lines = Path(hostfile), {}, []
     if not file.is_file():
         raise LaunchError(f"launch.hostfile: {hostfile}: no such file; a line of it reads `host slots=8`")
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -34,18 +34,18 @@ def hosts(hostfile: str) -> dict[str, int]:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
         if not match:
-            lines.append(f"{hostfile}:{number}: '{text}' is no `host slots=N`; mend this line")
+            lines.append(f"{hostfile}:{number}: '{text}' is not `host slots=N`; correct this line")
         elif int(match[2]) < 1:
             lines.append(f"{hostfile}:{number}: host {match[1]} has no slots; give it 1 or more, or remove the line")
-        elif match[1] in found:
+        elif match[1] in slots:
             lines.append(f"{hostfile}:{number}: host {match[1]} is named twice; add its slots up in one line")
         else:
-            found[match[1]] = int(match[2])
-    if not found and not lines:
+            slots[match[1]] = int(match[2])
+    if not slots and not lines:
         lines.append(f"{hostfile}: names no host; a line of it reads `host slots=8`")
     if lines:
         raise LaunchError(*lines)
-    return found
+    return slots
 
 
 def world_size(launch: Launch) -> int:

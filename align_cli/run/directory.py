@@ -7,12 +7,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TextIO
 
-from align_cli.errors import LaunchError, UpstreamError
+from align_cli.errors import LaunchError
 
 COMPLETE = "complete"
 """Marker file in a checkpoint, written after every rank's part: without it the checkpoint is half-written."""
@@ -30,10 +28,10 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self._held: TextIO | None = None
+        self._lock: TextIO | None = None
 
     def state(self) -> State:
-        """Whether a finished run, an unfinished one, nothing, or something that is no run is here."""
+        """Whether a finished run, an unfinished one, nothing, or something that is not a run is here."""
         # hidden files are the lock and what another host of the same run is just writing
         if not self.path.exists() or (
             self.path.is_dir() and all(entry.name.startswith(".") for entry in self.path.iterdir())
@@ -50,12 +48,12 @@ class RunDirectory:
 
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
-        found = [
+        whole = [
             (int(match[1]), folder)
             for folder in self.checkpoints.glob("checkpoint-*")
             if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / COMPLETE).is_file()
         ]
-        return max(found)[1] if found else None
+        return max(whole)[1] if whole else None
 
     def drop_half_written(self) -> None:
         """Remove checkpoints that a kill left incomplete, so that nothing can pick them up."""
@@ -69,7 +67,7 @@ class RunDirectory:
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
         self.path.rename(aside)
-        self.release()
+        self.unlock()
         return aside
 
     def discard(self) -> None:
@@ -79,15 +77,15 @@ class RunDirectory:
             if folder.is_dir() and folder.name and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def hold(self) -> None:
-        """Keep other processes out until `release`, or this one's end. Raises LaunchError if one works in it."""
-        if self._held is not None:
+    def lock(self) -> None:
+        """Keep other processes out until `unlock`, or this one's end. Raises LaunchError if one works in it."""
+        if self._lock is not None:
             return
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 lock = (self.path / ".lock").open("a+")
-            except FileNotFoundError:  # who held it has just moved it aside or removed it
+            except FileNotFoundError:  # its owner has just moved it aside or removed it
                 continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,27 +103,13 @@ class RunDirectory:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        self._held = lock
+        self._lock = lock
 
-    def release(self) -> None:
+    def unlock(self) -> None:
         """Let others in."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory for a while. Raises LaunchError if another process works in it."""
-        self.hold()
-        try:
-            yield
-        finally:
-            self.release()
-
-    def refuse_foreign(self) -> None:
-        """Raise UpstreamError if the directory holds something that is no run."""
-        if self.state() == "foreign":
-            raise UpstreamError(f"{self.path}: is not empty and no run; set run_dir= to another directory")
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _is_at(opened: TextIO, file: Path) -> bool:

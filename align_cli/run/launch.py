@@ -9,41 +9,22 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from align_cli.model import function
 from align_cli.recipe.sections import Launch
-from align_cli.run import devices, preflight
+from align_cli.rewards import function
+from align_cli.run import devices, environment, preflight
 from align_cli.run.directory import RunDirectory
 from align_cli.run.prepare import begin
+from align_cli.signals import caught_by
 
-PARENT = "ALIGN_PARENT"
-"""host:pid of the command that started the ranks; they end when it is gone, so that a lock freed by its death does
-not leave them writing."""
-
-
-def quiet_environment() -> None:
-    """Settings that libraries read while they are imported: no telemetry, no chatter, no forked tokenizer warnings."""
-    warnings.simplefilter("ignore")
-    for key, value in {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "ACCELERATE_LOG_LEVEL": "error",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "DS_LOG_LEVEL": "error",
-        "PYTHONWARNINGS": "ignore",
-    }.items():
-        os.environ.setdefault(key, value)
-    if not devices.gpus():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if TYPE_CHECKING:
+    import psutil
 
 
 def adopt_slurm() -> None:
@@ -74,8 +55,8 @@ def called_by_launcher() -> bool:
 
 
 def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
-    """Run a stage from its command line. Returns the exit code; raises AlignError for what the user must mend."""
-    quiet_environment()
+    """Run a stage from its command line. Returns the exit code; raises AlignError for what the user must correct."""
+    environment.quiet()
     if called_by_launcher():
         from align_cli.run import worker
 
@@ -99,7 +80,7 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
     finally:
         if code == 2 and plan.state == "absent" and not run.begun():
             run.discard()
-        run.release()
+        run.unlock()
     return code
 
 
@@ -108,7 +89,7 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
     line = [sys.executable, "-m", "deepspeed.launcher.runner"]
     if launch.hostfile is None:
         line += ["--num_gpus", str(launch.num_gpus), "--master_addr", launch.master_addr or "127.0.0.1"]
-        line += ["--master_port", str(launch.master_port or free_port())]
+        line += ["--master_port", str(launch.master_port or environment.free_port())]
     else:
         line += ["--hostfile", launch.hostfile, "--master_port", str(launch.master_port or 29500)]
         if launch.num_gpus > 1:
@@ -127,29 +108,27 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
 def _ranks(stage: str, run: RunDirectory, launch: Launch) -> int:
     """Start the launcher and wait. A signal goes to the ranks themselves, which stop after their step with a
     checkpoint; the launcher alone would kill them after 30 seconds."""
-    environment = os.environ | {PARENT: f"{socket.gethostname()}:{os.getpid()}"}
+    variables = os.environ | {environment.PARENT: environment.this_process()}
     if not devices.gpus():
         # ranks that share the cores of one machine slow each other down with a full set of threads each
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.num_gpus)))
-        environment.setdefault("LOCAL_SIZE", str(launch.num_gpus))
-    launcher = subprocess.Popen(command(stage, run.path, launch), env=environment, start_new_session=True)
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.num_gpus)))
+        variables.setdefault("LOCAL_SIZE", str(launch.num_gpus))
+    launcher = subprocess.Popen(command(stage, run.path, launch), env=variables, start_new_session=True)
     received: list[int] = []
 
-    def pass_on(number: int, frame: object) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for rank in _rank_processes(launcher.pid):
             rank.send_signal(signal.SIGTERM if len(received) < 2 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    code = launcher.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with caught_by(pass_on):
+        code = launcher.wait()
     if received and code:
         return 128 + received[0]
     return code if code >= 0 else 128 - code
 
 
-def _rank_processes(launcher: int) -> list:
+def _rank_processes(launcher: int) -> list[psutil.Process]:
     import psutil
 
     try:
@@ -164,10 +143,3 @@ def _rank_processes(launcher: int) -> list:
         and "align_cli.run.worker" in child.cmdline()
         and not any(word.startswith("deepspeed.launcher") for word in child.cmdline())
     ]
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -34,10 +34,10 @@ def sha256(file: Path) -> str:
 def read(run: str | Path) -> dict[str, Any] | None:
     """A run's manifest, or None if it has none that can be read."""
     try:
-        found = json.loads((Path(run) / "manifest.json").read_text(encoding="utf-8"))
+        content = json.loads((Path(run) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def parent(role: str, path: str) -> dict[str, Any]:
@@ -70,16 +70,16 @@ def changed_parents(manifest: dict[str, Any]) -> list[str]:
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
     """`key old → new` for every setting that two resolved recipes differ in, loose keys aside."""
-    found = []
+    keys = []
     for key in sorted(set(old) | set(new)):
         if not path and key in LOOSE:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differing_keys(before, after, f"{path}{key}.")
+            keys += differing_keys(before, after, f"{path}{key}.")
         elif before != after:
-            found.append(f"{path}{key} {json.dumps(before)} → {json.dumps(after)}")
-    return found
+            keys.append(f"{path}{key} {json.dumps(before)} → {json.dumps(after)}")
+    return keys
 
 
 def missing_files(run: RunDirectory, manifest: dict[str, Any]) -> list[str]:
@@ -124,7 +124,7 @@ def write(
         "world_size": world_size,
         "zero_stage": zero_stage,
         "seed": seed,
-        "versions": {package: found for package in PACKAGES if (found := _version(package))},
+        "versions": {package: installed for package in PACKAGES if (installed := _version(package))},
         "started": started,
         "finished": now(),
         **(extra or {}),

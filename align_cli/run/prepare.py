@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -15,8 +16,8 @@ from align_cli.run.preflight import Plan
 CACHE = Path("runs/.cache")
 
 
-def begin(plan: Plan, say) -> RunDirectory | None:
-    """The run directory, held for this process and with recipe.yaml in it; None if a finished, unchanged run is there.
+def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
+    """The run directory, locked by this process and with recipe.yaml in it; None if it holds a finished, unchanged run.
 
     A finished run of another recipe is moved aside, never overwritten. Raises UpstreamError for an unfinished one,
     whose checkpoints another recipe must not continue, and LaunchError if another process works in it.
@@ -33,14 +34,14 @@ def begin(plan: Plan, say) -> RunDirectory | None:
                 f"{run.path}: holds an unfinished run of another recipe ({_shortened(differs)}); finish it with "
                 f"`{again}`, or start anew with force=true"
             )
-    run.hold()
+    run.lock()
     if run.state() != plan.state:
-        run.release()
+        run.unlock()
         raise LaunchError(f"{run.path}: another align was at work in it until now; give the same command again")
     if plan.state == "finished" or (plan.state == "unfinished" and plan.recipe.force):
         why = "force=true" if plan.recipe.force else _shortened(differs)
-        say(f"{run.path}: running again ({why}); what was there is now {run.set_aside()}")
-        run.hold()
+        say(f"{run.path}: running again ({why}); the old run is now {run.set_aside()}")
+        run.lock()
     tree = to_tree(plan.recipe) | {"force": False}
     tree["data"] |= {"date": preflight.date_of(plan)}
     head = f"# {again}   repeats this run\n"

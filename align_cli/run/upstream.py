@@ -7,76 +7,93 @@ from dataclasses import replace
 from pathlib import Path
 
 from align_cli.errors import RecipeError, did_you_mean
-from align_cli.model import kind
-from align_cli.recipe import check as recipe_check
+from align_cli.model import kind, templates
+from align_cli.recipe import check
 from align_cli.recipe.compose import default_run_dir
-from align_cli.recipe.schema import STAGES
+from align_cli.recipe.generation import GeneratorSource
 from align_cli.recipe.sections import Data
+from align_cli.recipe.stages import STAGES
 
 
 def policy_problems(key: str, path: str, starting: bool, todo: list[str]) -> list[str]:
     """Why a path cannot serve as a causal language model; adds the commands that make it to `todo`, in order, if it is
     still to be made and nothing is `starting`."""
-    held = kind.look(path)
+    contents = kind.look(path)
     stage = stage_of_run(path)
-    if stage is not None and held.kind == "missing":
+    if stage is not None and contents.kind == "missing":
         return _to_be_made(key, path, stage, starting, todo)
-    if stage is not None and held.kind == "unfinished":
+    if stage is not None and contents.kind == "unfinished":
         return [f"{key}: {path} is not finished; run `align {stage} recipe={recipe_of(stage, path)}` first"]
-    if held.kind == "reward-model" or held.reward:
+    if contents.kind == "reward-model" or contents.reward:
         return [f"{key}: {path} is a reward model (a scalar head); name the SFT run it came from"]
-    if held.kind == "adapter":
-        base = kind.look(held.base) if held.base else None
-        if base is None or base.kind not in ("causal-lm", "hub"):
-            found = "is not there" if base is None or base.kind == "missing" else base.finding or f"is a {base.kind}"
-            return [
-                f"{key}: {path} is an adapter whose base {held.base or '(unnamed)'} {found}; "
-                "put the base back, or name a model merged by `align merge`"
-            ]
-        return []
-    if held.kind == "missing":
-        near = _near_directory(path)
-        return [f"{key}: {path}: no such directory{near}; name a model directory, a finished run or a hub id"]
-    if held.kind == "unfinished":
+    if contents.kind == "adapter":
+        return _base_problems(key, path, contents.base)
+    if contents.kind == "missing":
+        return [f"{key}: {path}: no such directory; name a model directory, a finished run or a hub id{_near(path)}"]
+    if contents.kind == "unfinished":
         return [f"{key}: {path} is not finished; run its stage again to finish it"]
-    if held.kind == "other":
-        return [f"{key}: {path}: {held.finding}; {held.mend or 'name a model directory or a finished run'}"]
+    if contents.kind == "other":
+        return [f"{key}: {path}: {contents.finding}; {contents.remedy or 'name a model directory or a finished run'}"]
     return []
 
 
+def _base_problems(key: str, path: str, base: str | None) -> list[str]:
+    """Why an adapter's base cannot serve."""
+    contents = kind.look(base) if base else None
+    if contents is not None and contents.kind in ("causal-lm", "hub"):
+        return []
+    missing = contents is None or contents.kind == "missing"
+    finding = "does not exist" if missing else contents.finding or f"is a {contents.kind}"
+    return [
+        f"{key}: {path} is an adapter whose base {base or '(unnamed)'} {finding}; put the base back, or name a model "
+        "merged by `align merge`"
+    ]
+
+
 def reward_problems(key: str, path: str, starting: bool, todo: list[str]) -> list[str]:
-    """Why a path cannot serve as a reward model: a policy's head would be drawn anew, and rewards be noise."""
-    held, stage = kind.look(path), stage_of_run(path)
-    if stage is not None and held.kind == "missing":
+    """Why a path cannot serve as a reward model: a policy's head would be drawn at random, and rewards be noise."""
+    contents, stage = kind.look(path), stage_of_run(path)
+    if stage is not None and contents.kind == "missing":
         return _to_be_made(key, path, stage, starting, todo)
-    if held.kind == "unfinished":
+    if contents.kind == "unfinished":
         again = f"`align {stage} recipe={recipe_of(stage, path)}`" if stage else "its stage"
         return [f"{key}: {path} is not finished; run {again} first"]
-    if held.kind in ("reward-model", "hub") or (held.kind == "adapter" and held.reward):
+    if contents.kind in ("reward-model", "hub") or (contents.kind == "adapter" and contents.reward):
         return []
-    found = {"causal-lm": "is a language model without a trained scalar head", "adapter": "is a policy's adapter"}
-    said = found.get(held.kind, held.finding or "is no model")
-    return [f"{key}: {path} {said}; name a finished `align rm` run, such as ${{stage:rm}}"]
+    policies = {"causal-lm": "is a language model without a trained scalar head", "adapter": "is a policy's adapter"}
+    finding = policies.get(contents.kind, contents.finding or "is not a model")
+    return [f"{key}: {path} {finding}; name a finished `align rm` run, such as ${{stage:rm}}"]
 
 
 def backbone_problems(key: str, run: str, base: str) -> list[str]:
     """Why a reward model cannot share the backbone `base`."""
-    held = kind.look(run)
-    if held.kind == "missing":
-        return []  # said elsewhere, or still to be made
-    if held.kind != "adapter" or not held.reward:
+    contents = kind.look(run)
+    if contents.kind == "missing":
+        return []  # `reward_problems` reports it, or it is still to be made
+    if contents.kind != "adapter" or not contents.reward:
         return [
-            f"{key}: {run} is no adapter, so it cannot share the policy's backbone; train it with lora: on {base}, or "
-            "remove lora here"
+            f"{key}: {run} is not an adapter, so it cannot share the policy's backbone; train it with lora: on {base}, "
+            "or remove lora here"
         ]
-    if held.base != base and kind.fingerprint(held.base or "") != (kind.fingerprint(base) or "none"):
+    if contents.base != base and kind.fingerprint(contents.base or "") != (kind.fingerprint(base) or "none"):
         return [
-            f"{key}: {run} is an adapter on {held.base}, not on {base}; name the model it was made on, or remove lora"
+            f"{key}: {run} is an adapter on {contents.base}, not on {base}; name the model it was made on, or remove "
+            "lora"
         ]
     return []
 
 
-def there_already(data: Data, lines: list[str], starting: bool, todo: list[str]) -> tuple[Data | None, list[str]]:
+def generator_problems(key: str, source: GeneratorSource, starting: bool, todo: list[str]) -> list[str]:
+    """Why a writer or a judge cannot serve. An endpoint is not contacted before the run starts."""
+    if source.path is None:
+        return source.environment_problems(key)
+    template = templates.problems(source.path, source.chat_template)
+    return policy_problems(f"{key}.path", source.path, starting, todo) + [
+        line.replace("model.", f"{key}.") for line in template
+    ]
+
+
+def existing(data: Data, lines: list[str], starting: bool, todo: list[str]) -> tuple[Data | None, list[str]]:
     """The data without files that a run which is still to be made will write (None if that leaves no training data),
     and those files. Adds the commands that make them to `todo`, and to `lines` why they cannot be made or, where a
     stage is `starting`, that they must be made first."""
@@ -90,7 +107,7 @@ def there_already(data: Data, lines: list[str], starting: bool, todo: list[str])
                 pending.append(source.path)
             elif stage is not None and kind.look(run).kind == "unfinished" and not os.path.isfile(source.path):
                 again = f"align {stage} recipe={recipe_of(stage, run)}"
-                lines.append(f"{key}: {source.path} is not there yet; finish its run with `{again}`")
+                lines.append(f"{key}: {source.path} does not exist yet; finish its run with `{again}`")
                 pending.append(source.path)
     if not pending:
         return data, pending
@@ -102,21 +119,21 @@ def there_already(data: Data, lines: list[str], starting: bool, todo: list[str])
 
 
 def _to_be_made(key: str, path: str, stage: str, starting: bool, todo: list[str]) -> list[str]:
-    """Why a run that is not there cannot be made, or has to be made first."""
-    named = recipe_of(stage, path)
-    command = f"align {stage} recipe={named}"
+    """Why a run that does not exist cannot be made, or has to be made first."""
+    name = recipe_of(stage, path)
+    command = f"align {stage} recipe={name}"
     if command in todo:
         return []
     try:
-        _, above = recipe_check.load(stage, [f"recipe={named}"])
+        _, above = check.load(stage, [f"recipe={name}"])
     except RecipeError as error:
-        return [f"{key}: {path} is not there, and no recipe makes it ({error.lines[0]})"]
+        return [f"{key}: {path} does not exist, and no recipe makes it ({error.lines[0]})"]
     if not same_place(above.run_dir, path):
-        return [f"{key}: {path} is not there, and `{command}` makes {above.run_dir}; name that, or mend its name"]
+        return [f"{key}: {path} does not exist, and `{command}` makes {above.run_dir}; name that, or correct the path"]
     if same_place(above.model.path, path):
-        return [f"{key}: {path} is not there, and `{command}` starts from it; write a recipe that makes it"]
+        return [f"{key}: {path} does not exist, and `{command}` starts from it; write a recipe that makes it"]
     if starting:
-        return [f"{key}: {path} is not there; run `{command}` first"]
+        return [f"{key}: {path} does not exist. Run `{command}` first."]
     todo.append(command)  # for runs that name each other
     lines = policy_problems(f"`{command}`: model.path", above.model.path, starting, todo)
     todo.remove(command)
@@ -133,9 +150,9 @@ def stage_of_run(path: str) -> str | None:
     """The stage whose default run directory this is."""
     path = os.path.relpath(path or ".")
     parts = Path(path).parts
-    return (
-        parts[-1] if len(parts) == 3 and path == default_run_dir(parts[1], parts[-1]) and parts[-1] in STAGES else None
-    )
+    if len(parts) != 3 or parts[-1] not in STAGES or path != default_run_dir(parts[1], parts[-1]):
+        return None
+    return parts[-1]
 
 
 def recipe_of(stage: str, path: str) -> str:
@@ -144,8 +161,7 @@ def recipe_of(stage: str, path: str) -> str:
     return str(unfinished) if unfinished.is_file() else f"{Path(os.path.relpath(path)).parts[1]}.yaml"
 
 
-def _near_directory(path: str) -> str:
-    siblings = (
-        [str(entry) for entry in Path(path).parent.glob("*") if entry.is_dir()] if Path(path).parent.is_dir() else []
-    )
-    return did_you_mean(path, siblings).rstrip("?")
+def _near(path: str) -> str:
+    """`. Did you mean …?` for the directory beside it with the nearest name."""
+    parent = Path(path).parent
+    return did_you_mean(path, [str(entry) for entry in parent.glob("*") if entry.is_dir()] if parent.is_dir() else [])

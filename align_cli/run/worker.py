@@ -10,17 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align_cli.compat import chat_date
 from align_cli.errors import AlignError
-from align_cli.model import function
+from align_cli.model import kind, precision
 from align_cli.model.zero import deepspeed_config
-from align_cli.recipe.check import from_tree, to_tree
-from align_cli.run import batch, footprint, heap, launch, manifest, preflight, prepare, rewards
+from align_cli.recipe.check import from_tree
+from align_cli.recipe.sections import Recipe
+from align_cli.rewards import function
+from align_cli.run import batch, environment, manifest, preflight, prepare
 from align_cli.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from align_cli.training.job import Job
 
 
 def as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
@@ -28,23 +32,24 @@ def as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int
 
     Rank 0 composes, checks and prepares; the others wait for its word.
     """
-    _join()
-    rank = int(os.environ["RANK"])
+    from align_cli import distributed
+
+    distributed.join()
     message: dict[str, Any] = {}
-    if rank != 0:
-        message = _share(None)
+    if distributed.rank() != 0:
+        message = distributed.broadcast(None)
         return message["code"] if "code" in message else _stage(stage, message["run"], message["recipe"])
     try:
         plan = preflight.load(stage, arguments, starting=True)
         run = prepare.begin(plan, say)
     except AlignError as error:
-        _share({"code": error.exit_code})
+        distributed.broadcast({"code": error.exit_code})
         raise
     if run is None:
-        _share({"code": 0})
+        distributed.broadcast({"code": 0})
         return 0
     text = run.recipe.read_text(encoding="utf-8")
-    _share({"run": str(run.path), "recipe": text})
+    distributed.broadcast({"run": str(run.path), "recipe": text})
     return _stage(stage, str(run.path), text)
 
 
@@ -52,48 +57,42 @@ def run(stage: str, path: Path) -> int:
     """A prepared run in this process, alone or as one of the ranks that `align` started."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _stage(stage, str(path), (path / "recipe.yaml").read_text(encoding="utf-8"))
+    from align_cli import distributed
+
     _end_with_parent()
-    _join()
+    distributed.join()
     # hosts need not share a file system for the recipe: rank 0's goes to all
-    mine = (path / "recipe.yaml").read_text(encoding="utf-8") if os.environ["RANK"] == "0" else None
-    return _stage(stage, str(path), _share(mine))
+    own = (path / "recipe.yaml").read_text(encoding="utf-8") if distributed.rank() == 0 else None
+    return _stage(stage, str(path), distributed.broadcast(own))
 
 
 def _stage(stage: str, path: str, text: str) -> int:
     """Run the stage; 0, or 128 + the signal that stopped it. Raises AlignError."""
-    import torch
     import yaml
     from rich.console import Console
 
-    from align_cli.stages.job import Job
+    from align_cli import cpu, distributed
+    from align_cli.training.job import Job
 
     recipe, run_directory = from_tree(stage, yaml.safe_load(text)), RunDirectory(path)
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), distributed.rank()
     if ranks == 1 and deepspeed_config(recipe.zero) is not None:
         # DeepSpeed wants a process group even alone, and would ask MPI for one
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(launch.free_port())
-        _join()
+        os.environ["MASTER_PORT"] = str(environment.free_port())
+        distributed.join()
     if rank != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one voice: libraries print on every rank
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    elif ranks > 1:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if not torch.cuda.is_available():
-        from align_cli.model import attention, head
-
-        head.put_in_place()
-        attention.put_in_place()
-        heap.keep_freed()
+    distributed.use_local_device()
+    cpu.install(ranks)
     chat_date.use(recipe.data.date)
-    started, made = manifest.now(), batch.arithmetic(stage, recipe, ranks)
+    started, rows = manifest.now(), batch.arithmetic(recipe, ranks)
     job = Job(
         recipe=recipe,
         run=run_directory,
-        dtype=footprint.resolve_dtype(recipe),
-        per_device=made.per_device,
-        accumulation=made.accumulation,
+        dtype=precision.trained(recipe),
+        per_device=rows.per_device,
+        accumulation=rows.accumulation,
         rank=rank,
         ranks=ranks,
         console=Console(stderr=False),
@@ -104,10 +103,10 @@ def _stage(stage: str, path: str, text: str) -> int:
     outcome = importlib.import_module(f"align_cli.stages.{stage}").run(job)
     if outcome.stopped_by is not None:
         job.say(f"stopped; {path} resumes with the same command")
-        _leave(ranks)
+        distributed.leave()
         return 128 + outcome.stopped_by
     if rank == 0:
-        for merged in _merged_parents(job, recipe):
+        for merged in _merged_parents(job):
             shutil.rmtree(merged, ignore_errors=True)
         manifest.write(
             run_directory,
@@ -123,99 +122,66 @@ def _stage(stage: str, path: str, text: str) -> int:
             extra=outcome.extra | _code(recipe) | ({"template_date": date} if (date := recipe.data.date) else {}),
         )
         job.say(f"finished: {path}")
-    _leave(ranks)
+    distributed.leave()
     return 0
 
 
-def _leave(ranks: int) -> None:
-    """End together: the launcher kills the ranks that are left when one has gone with a code other than 0."""
-    import torch
-
-    if ranks > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def _merge_adapter_parents(job: Any) -> None:
+def _merge_adapter_parents(job: Job) -> None:
     """An adapter as parent is merged into this run's `base/`, so that policy, reference and any new adapter start
     from the model it stands for; a reference taken from its base would give loss 0 and accuracy 1."""
-    from align_cli.model import kind, lora
+    from align_cli import distributed
+    from align_cli.model import lora
 
     recipe = job.recipe
-    wanted = {"base": recipe.model.path}
-    if getattr(recipe, "reference", None) is not None:
-        job.reference = recipe.reference.path
-        wanted["reference"] = recipe.reference.path
-    for role, path in wanted.items():
-        if kind.look(path).kind != "adapter":
-            continue
-        merged = job.run.path / role
-        if job.main and not merged.is_dir():
-            job.say(f"merging the adapter {path} into its base")
-            lora.merge(path, merged, trust_remote_code=recipe.model.trust_remote_code)
-        setattr(job, role, str(merged))
-    if job.ranks > 1:
-        import torch
-
-        torch.distributed.barrier()
+    job.reference = recipe.reference_path()
+    job.base, job.reference = (
+        _merged(job, name, path, lora.merge) if path is not None and kind.look(path).kind == "adapter" else path
+        for name, path in (("base", recipe.model.path), ("reference", job.reference))
+    )
+    distributed.barrier()
 
 
-def _merged_parents(job: Any, recipe: Any) -> list[Path]:
+def _merged(job: Job, name: str, path: str, merge: Callable[..., None]) -> str:
+    """Where in the run the model that an adapter stands for is; rank 0 writes it."""
+    folder = job.run.path / name
+    if job.main and not folder.is_dir():
+        job.say(f"merging the adapter {path} into its base")
+        merge(path, folder, trust_remote_code=job.recipe.model.trust_remote_code)
+    return str(folder)
+
+
+def _merged_parents(job: Job) -> list[Path]:
     """Merged parents that the finished run does not need: all but the base of an adapter that was trained on it."""
-    needed = {job.base} if recipe.lora else set()
+    needed = {job.base} if job.recipe.lora else set()
     return [job.run.path / role for role in ("base", "reference") if str(job.run.path / role) not in needed]
 
 
-def _parents(recipe: Any) -> list[dict[str, Any]]:
-    entries = [manifest.parent("policy", recipe.model.path)]
-    for role in preflight.OTHERS:
-        if getattr(recipe, role, None) is not None:
-            entries.append(manifest.parent(role, getattr(recipe, role).path))
-    for key, path in rewards.reward_models(to_tree(recipe)):
-        entries.append(manifest.parent(key.split("[")[0].split(".")[0], path))
-    for role in ("writer", "feedback"):
-        if (speaker := getattr(recipe, role, None)) is not None and speaker.path:
-            entries.append(manifest.parent(role, speaker.path))
-    judges = [source.judge.path for _, source in rewards.judges(to_tree(recipe)) if source.judge.path]
-    entries += [manifest.parent("judge", path) for path in judges]
+def _parents(recipe: Recipe) -> list[dict[str, Any]]:
+    """The manifest's entries of every model and run that this one was made from."""
+    models = [("policy", recipe.model.path)]
+    if (reference := recipe.reference_path()) is not None:
+        models.append(("reference", reference))
+    models += [(key.split("[")[0].split(".")[0], path) for key, path in recipe.reward_models()]
+    models += [(key, source.path) for key, source in recipe.generators() if source.path]
+    models += [("judge", source.judge.path) for _, source in recipe.judges() if source.judge.path]
     sources = recipe.data.train + (recipe.data.eval if isinstance(recipe.data.eval, list) else [])
-    for more in ("harmless", "helpful"):
-        sources = sources + (getattr(recipe.method, more, None) or [])
-    rows = getattr(recipe.method, "rows", None)
+    sources = sources + [source for _, more, _ in recipe.method_sources() for source in more]
     runs = dict.fromkeys(run for source in sources if (run := manifest.run_of(source.path)))
-    runs |= {run: None for run in [rows and manifest.run_of(f"{rows}/answers.jsonl")] if run}
-    return entries + [manifest.parent("data", run) for run in runs]
+    rows = recipe.earlier_rows()
+    if rows and (run := manifest.run_of(f"{rows}/answers.jsonl")):
+        runs[run] = None
+    return [manifest.parent(role, path) for role, path in [*models, *(("data", run) for run in runs)]]
 
 
-def _code(recipe: Any) -> dict[str, Any]:
+def _code(recipe: Recipe) -> dict[str, Any]:
     """The Python functions that were rewards, by the hash of their files."""
-    entries = [function.fingerprint(entry) for _, entry in rewards.functions(to_tree(recipe))]
+    entries = [function.fingerprint(entry) for _, entry in recipe.reward_functions()]
     return {"code": entries} if entries else {}
-
-
-def _join() -> None:
-    """Form the process group that all later libraries find and use."""
-    import torch
-
-    if not torch.distributed.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-
-
-def _share(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    import torch
-
-    held = [value]
-    torch.distributed.broadcast_object_list(held, src=0)
-    return held[0]
 
 
 def _end_with_parent() -> None:
     """End this rank when the command that started it is gone."""
-    host, _, pid = os.environ.get(launch.PARENT, "").rpartition(":")
+    host, _, pid = os.environ.get(environment.PARENT, "").rpartition(":")
     if not pid or host != socket.gethostname():
         return
 
@@ -232,7 +198,7 @@ def _end_with_parent() -> None:
 
 def main() -> int:
     """`python -m align_cli.run.worker STAGE RUN_DIR`, as the launcher calls it on every rank."""
-    launch.quiet_environment()
+    environment.quiet()
     if "--allow-code" in sys.argv:
         function.allow()
     try:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from trl import GRPOConfig
 
-from align_cli.methods.grpo import RelativeTrainer
-from align_cli.stages import online
-from align_cli.stages.job import Job, Outcome
+from align_cli.recipe.rl import GrpoRecipe
+from align_cli.rl.grpo import GrpoTrainer
+from align_cli.rl.run import run_group
+from align_cli.training.job import Job, Outcome
 
 
-def run(job: Job) -> Outcome:
+def run(job: Job[GrpoRecipe]) -> Outcome:
     """Sample, score, train, in turn; save the policy. Returns the metrics and the row counts."""
     method = job.recipe.method
-    return online.run_group(
+    return run_group(
         job,
-        RelativeTrainer,
+        GrpoTrainer,
         GRPOConfig,
         epsilon_high=method.clip_high,
         loss_type=method.loss.replace("-", "_"),

@@ -12,21 +12,24 @@ from __future__ import annotations
 from trl import KTOConfig
 
 from align_cli.data import labels
-from align_cli.methods.kto import LabelTrainer, balance
 from align_cli.model import load
 from align_cli.model.lora import peft_config
-from align_cli.stages import training
-from align_cli.stages.job import Job, Outcome
+from align_cli.preferences.kto import KtoTrainer, balance
+from align_cli.recipe.preferences import KtoRecipe
+from align_cli.training.arguments import arguments
+from align_cli.training.datasets import datasets
+from align_cli.training.job import Job, Outcome
+from align_cli.training.loop import run_to_end
 
 LOSSES = {"kto": "kto", "apo-zero": "apo_zero_unpaired"}
 """Our name of a loss -> TRL's."""
 
 
-def run(job: Job) -> Outcome:
+def run(job: Job[KtoRecipe]) -> Outcome:
     """Train, answer the samples before and after, save. Returns the metrics and the row counts."""
     recipe, data, method = job.recipe, job.recipe.data, job.recipe.method
     tokenizer = load.tokenizer(recipe.model, job.base)
-    args = training.arguments(
+    args = arguments(
         KTOConfig,
         job,
         loss_type=LOSSES[method.loss],
@@ -41,12 +44,12 @@ def run(job: Job) -> Outcome:
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
         return labels.kto_rows(tokenizer, groups, split=method.split, **limits, tally=tally)
 
-    train, held_out, counts = training.datasets(job, "labels", tokenized)
+    train, held_out, counts = datasets(job, "labels", tokenized)
     good = sum(train["label"])
-    if said := balance(good, len(train) - good, method.desirable_weight, method.undesirable_weight):
-        job.say(said)
+    if advice := balance(good, len(train) - good, method.desirable_weight, method.undesirable_weight):
+        job.say(advice)
     separate = job.reference or (None if recipe.lora else job.base)
-    trainer = LabelTrainer(
+    trainer = KtoTrainer(
         model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base),
         ref_model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=separate) if separate else None,
         args=args,
@@ -56,4 +59,4 @@ def run(job: Job) -> Outcome:
         peft_config=peft_config(recipe.lora, load.new_tokens(tokenizer)),
         block=job.per_device * job.accumulation * job.ranks,
     )
-    return training.run_to_end(trainer, tokenizer, job, counts)
+    return run_to_end(trainer, tokenizer, job, counts)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from trl import RLOOConfig
 
-from align_cli.methods.rloo import GroupTrainer
-from align_cli.stages import online
-from align_cli.stages.job import Job, Outcome
+from align_cli.recipe.rl import RlooRecipe
+from align_cli.rl.rloo import RlooTrainer
+from align_cli.rl.run import run_group
+from align_cli.training.job import Job, Outcome
 
 
-def run(job: Job) -> Outcome:
+def run(job: Job[RlooRecipe]) -> Outcome:
     """Sample, score, train, in turn; save the policy. Returns the metrics and the row counts."""
     method = job.recipe.method
-    return online.run_group(
+    return run_group(
         job,
-        GroupTrainer,
+        RlooTrainer,
         RLOOConfig,
         normalize_advantages=method.normalize_advantages,
     )

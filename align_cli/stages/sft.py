@@ -8,11 +8,12 @@ that are cut or dropped are counted. `align cai` trains on its revisions in the 
 
 from __future__ import annotations
 
-from align_cli.stages import supervised
-from align_cli.stages.job import Job, Outcome
+from align_cli.recipe.supervised import SftRecipe
+from align_cli.training import supervised
+from align_cli.training.job import Job, Outcome
 
 
-def run(job: Job) -> Outcome:
+def run(job: Job[SftRecipe]) -> Outcome:
     """Train, answer the samples before and after, save. Returns the metrics and the row counts."""
     method = job.recipe.method
     return supervised.run(job, packing=method.packing, last_turn_only=method.train_on == "last-turn")

@@ -8,10 +8,11 @@ losses can be mixed in under `method.also`.
 
 from __future__ import annotations
 
-from align_cli.stages import preference
-from align_cli.stages.job import Job, Outcome
+from align_cli.preferences import run as preferences
+from align_cli.recipe.preferences import SimpoRecipe
+from align_cli.training.job import Job, Outcome
 
 
-def run(job: Job) -> Outcome:
+def run(job: Job[SimpoRecipe]) -> Outcome:
     """Train, answer the samples before and after, save. Returns the metrics and the row counts."""
-    return preference.train(job)
+    return preferences.train(job)

@@ -11,7 +11,7 @@ from align_cli.data import chat
 from align_cli.data.groups import check_sources, read_groups, stream_eval, stream_groups
 from align_cli.errors import DataError
 from align_cli.recipe.sections import Data
-from align_cli.stages import training
+from align_cli.training import datasets as training
 
 LIMIT = 40
 """Tokens of a prompt; `fits` are shorter, `long` ones longer."""
@@ -73,7 +73,7 @@ def test_what_tokens_cost_counts_towards_the_limit(tok):
         datasets(tok, Data(train="a.jsonl", max_dropped=0.39))
     (line,) = raised.value.lines
     assert line.startswith("a.jsonl: 4 of 10 rows dropped (40.0%), data.max_dropped allows 39.0%; most often: " + OVER)
-    assert "first at a.jsonl:8: " in line and line.endswith("mend the rows or raise data.max_dropped")
+    assert "first at a.jsonl:8: " in line and line.endswith("correct the rows or raise data.max_dropped")
 
 
 def test_a_source_of_which_nothing_is_left_is_refused_whatever_the_limit(tok):

@@ -270,7 +270,7 @@ def test_a_broken_line_of_a_shard_is_placed_in_its_file():
     write("d/b.jsonl", '{"a": 3}\n')
     rows, problems = collected("d")
     assert [place for place, _ in rows] == ["d/a.jsonl:1", "d/a.jsonl:3", "d/b.jsonl:1"]
-    assert problems == ["d/a.jsonl:2: not valid JSON (Expecting value at column 6); mend or remove the line"]
+    assert problems == ["d/a.jsonl:2: not valid JSON (Expecting value at column 6); correct or remove the line"]
 
 
 def test_directories_without_rows():
@@ -312,10 +312,11 @@ def test_globs_are_expanded_and_sorted():
     assert read_from("d/**/*.jsonl", split="test") == ["sub/test.jsonl"]
     assert problem("d/*.jsonl", split="test") == "d/*.jsonl: no split 'test'; set split to one of train"
     assert problem("d/x*.jsonl") == (
-        "d/x*.jsonl: no file matches; did you mean 'd/b.jsonl'? (looked in the working directory)"
+        "d/x*.jsonl: no file matches (looked in the working directory). Did you mean 'd/b.jsonl'?"
     )
     assert (
-        problem("none/*.parquet") == "none/*.parquet: no file matches (looked in the working directory); mend the path"
+        problem("none/*.parquet")
+        == "none/*.parquet: no file matches (looked in the working directory); correct the path"
     )
     assert problem("d/*.md").startswith("d/*.md: matches d/d.md, but no readable file; name one of .json,")
     # a file whose name looks like a glob is that file
@@ -405,7 +406,7 @@ def test_a_single_object_over_several_lines_is_one_line(name):
 
 def test_a_list_has_nothing_behind_it():
     write("a.json", '[{"a": 1}\n]\n{"a": 2}\n')
-    assert problem("a.json") == "a.json#2: text after the end of the list; mend the file from there on"
+    assert problem("a.json") == "a.json#2: text after the end of the list; correct the file from there on"
 
 
 @pytest.mark.parametrize(
@@ -456,8 +457,8 @@ def test_csv_records_that_all_miss_their_header_are_one_line():
     [
         ("[" * 100_000, "not valid JSON (nested too deeply)"),
         ("1" * 5000, "not valid JSON (Exceeds the limit (4300 digits) for integer string conversion"),
-        ("NaN", "not valid JSON (NaN is no number in JSON, null is)"),
-        ("-Infinity", "not valid JSON (-Infinity is no number in JSON, null is)"),
+        ("NaN", "not valid JSON (NaN is not a number in JSON, null is)"),
+        ("-Infinity", "not valid JSON (-Infinity is not a number in JSON, null is)"),
     ],
 )
 def test_json_that_python_stumbles_over_is_one_line(name, value, found):
@@ -467,11 +468,14 @@ def test_json_that_python_stumbles_over_is_one_line(name, value, found):
     write(name, f"[{good},\n{broken}]" if array else f"{good}\n{broken}\n")
     said = problem(name)
     assert said.startswith(f"{name}{'#' if array else ':'}2: {found}")
-    assert said.endswith("mend the file from this row on" if array else "mend or remove the line") and len(said) < 200
+    assert (
+        said.endswith("correct the file from this row on" if array else "correct or remove the line")
+        and len(said) < 200
+    )
 
 
 def test_a_broken_array_is_not_read_to_its_end(monkeypatch):
-    """What comes after a broken row cannot mend it, unless it is cut."""
+    """What comes after a broken row cannot correct it, unless it is cut."""
     from align_cli.data import rows as module
 
     monkeypatch.setattr(module, "CHUNK", 64)
@@ -527,7 +531,7 @@ def test_windows_line_ends():
     assert collected("a.jsonl") == ([("a.jsonl:1", {"a": "x\r\ny"}), ("a.jsonl:3", {"a": 2})], [])
     write("a.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2')
     assert collected("a.jsonl")[1] == [
-        "a.jsonl:2: not valid JSON (Expecting ',' delimiter at column 8); mend or remove the line"
+        "a.jsonl:2: not valid JSON (Expecting ',' delimiter at column 8); correct or remove the line"
     ]
 
 
@@ -589,7 +593,7 @@ def test_paths_that_cannot_be_opened_are_one_line():
     os.mkdir("data")
     long = "n" * 300 + ".jsonl"
     for path in (long, f"data/{long}"):
-        assert problem(path) == f"{path}: cannot be read (File name too long); mend the path or its permissions"
+        assert problem(path) == f"{path}: cannot be read (File name too long); correct the path or its permissions"
     assert problem("a\0b.jsonl").startswith("a\0b.jsonl: no such file")
     write("a.jsonl", "{}")
     assert problem("a.jsonl/b.jsonl").startswith("a.jsonl/b.jsonl: no such file")
@@ -600,7 +604,7 @@ def test_paths_that_cannot_be_opened_are_one_line():
     assert problem("/dev/null") == f"/dev/null: {said}"
     assert problem("/proc/self/mem").startswith("/proc/self/mem: cannot read a file without a suffix; convert it to")
     os.symlink("/proc/self/mem", "mem.jsonl")
-    assert problem("mem.jsonl") == "mem.jsonl: cannot be read (Input/output error); mend the file or its permissions"
+    assert problem("mem.jsonl") == "mem.jsonl: cannot be read (Input/output error); correct the file or its permissions"
     os.symlink("loop.jsonl", "loop.jsonl")
     assert "\n" not in problem("loop.jsonl")
     os.symlink("gone.jsonl", "link.jsonl")
@@ -614,7 +618,7 @@ def test_paths_that_cannot_be_opened_are_one_line():
 def test_files_without_permission_are_one_line():
     write("a.jsonl", "{}")
     os.chmod("a.jsonl", 0)
-    assert problem("a.jsonl") == "a.jsonl: cannot be read (Permission denied); mend the file or its permissions"
+    assert problem("a.jsonl") == "a.jsonl: cannot be read (Permission denied); correct the file or its permissions"
 
 
 def test_nothing_heavy_is_imported_for_files_of_text():

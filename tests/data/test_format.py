@@ -327,7 +327,7 @@ def test_empty_responses_are_broken_or_dropped(need, make, name, blank):
         (
             "demonstrations",
             {"messages": [user("q"), {"role": "assistant", "content": [{"type": "text"}]}]},
-            "turn 2 of 'messages' has a part of type 'text' without a text; mend or remove the row",
+            "turn 2 of 'messages' has a part of type 'text' without a text; correct or remove the row",
         ),
         (
             "demonstrations",
@@ -379,7 +379,7 @@ def test_empty_responses_are_broken_or_dropped(need, make, name, blank):
         (
             "demonstrations",
             {"instruction": "q", "output": "a", "history": [["only"]]},
-            "'history' must be a list of [question, answer] pairs of strings; mend or remove it",
+            "'history' must be a list of [question, answer] pairs of strings; correct or remove it",
         ),
     ],
 )
@@ -397,7 +397,7 @@ def test_a_label_or_a_column_may_be_missing_from_a_single_row():
         to_group({"prompt": "q", "chosen": "a"}, "x:1", "preference", "preferences")
     with pytest.raises(Broken, match="^'rejected' is missing or null"):
         to_group({"prompt": "q", "chosen": "a", "rejected": None}, "x:1", "preference", "preferences")
-    with pytest.raises(Broken, match="^'rejected' is no dialogue of"):
+    with pytest.raises(Broken, match="^'rejected' is not a dialogue of"):
         to_group({"chosen": HH.format("a"), "rejected": "b"}, "x:1", "hh", "preferences")
 
 
@@ -435,14 +435,14 @@ def test_a_column_keeps_its_kind_over_the_rows():
             "demonstrations",
             {"prompts": "q", "completion": "a"},
             None,
-            ["no format has the columns prompts, completion;", "nearest, prompt-completion, lacks prompt, did you mean"]
-            + ["did you mean 'prompts'", "`columns: {prompt: their_name}`"],
+            ["no format has the columns prompts, completion;", "nearest, prompt-completion, lacks prompt. Did you mean"]
+            + ["Did you mean 'prompts'", "`columns: {prompt: their_name}`"],
         ),
         (
             "preferences",
             {"chosen": "a", "rejected": "b"},
             None,
-            ["has no prompt beside chosen and rejected, which are no conversations; add a column 'prompt'"],
+            ["has no prompt beside chosen and rejected, which are not conversations; add a column 'prompt'"],
         ),
         ("demonstrations", {}, None, ["no format has the columns (none);"]),
         (

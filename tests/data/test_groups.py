@@ -71,13 +71,13 @@ def test_all_problems_of_all_sources_come_together():
     data = Data(train=["a.jsonl", "b.jsonl"], eval="c.jsonl")
     lines = lines_of(data, "preferences")
     assert lines == (
-        "a.jsonl:5: not valid JSON (Expecting value at column 11); mend or remove the line",
+        "a.jsonl:5: not valid JSON (Expecting value at column 11); correct or remove the line",
         "a.jsonl:2: 'rejected' is empty; remove the row or set data.drop_empty=true",
         "a.jsonl:3: 'rejected' is missing or null (has prompt, chosen); add it or remove the row",
         "a.jsonl:4: 'chosen' is empty; remove the row or set data.drop_empty=true",
         "b.jsonl: has messages, but preferences need chosen and rejected, or responses; name another file or rename its"
         " columns with `columns`",
-        "c.jsonl: no such file; did you mean 'b.jsonl'? (looked in the working directory)",
+        "c.jsonl: no such file (looked in the working directory). Did you mean 'b.jsonl'?",
     )
     assert tuple(check_sources(data, "preferences")[0]) == lines
 
@@ -108,7 +108,7 @@ def test_a_fraction_that_is_none(fraction):
     write("a.jsonl", prompts(5))
     data = Data(train="a.jsonl", eval=fraction)
     (line,) = lines_of(data, "prompts")
-    assert line.startswith(f"data.eval: {fraction:g} is no fraction between 0 and 1;")
+    assert line.startswith(f"data.eval: {fraction:g} is not a fraction between 0 and 1;")
     assert check_sources(data, "prompts")[0] == [line]
     with pytest.raises(DataError, match=r"^data\.eval"):
         streamed(data)
@@ -169,7 +169,7 @@ def test_more_dropped_rows_than_allowed(read):
         read(data)
     line = (
         "a.jsonl: 3 of 11 rows dropped (27.3%), data.max_dropped allows 20.0%; most often: chosen equals rejected (2),"
-        " first at a.jsonl:9: question 8; mend the rows or raise data.max_dropped"
+        " first at a.jsonl:9: question 8; correct the rows or raise data.max_dropped"
     )
     assert raised.value.lines == (line,)
     assert check_sources(data, "preferences")[0] == [line]
@@ -179,7 +179,7 @@ def test_more_dropped_rows_than_allowed(read):
 def test_a_source_without_a_usable_row_is_refused_whatever_the_limit():
     write("a.jsonl", [pair(1, "x", "x")])
     (line,) = lines_of(Data(train="a.jsonl", max_dropped=1.0), "preferences")
-    assert line.startswith("a.jsonl: 1 of 1 rows dropped") and line.endswith("; mend the rows")
+    assert line.startswith("a.jsonl: 1 of 1 rows dropped") and line.endswith("; correct the rows")
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_choices_are_the_same_in_every_process():
     code = """if True:
         import hashlib
         from align_cli.data.groups import read_groups, stream_eval, stream_groups
-        from align_cli.recipe.schema import Data
+        from align_cli.recipe.sections import Data
         data = Data(train={"path": "a.jsonl", "weight": 1.5}, eval=0.2)
         groups = read_groups(data, "preferences", 11)
         streams = list(stream_groups(data, "preferences", 11, [])), stream_eval(data, "preferences", 11, [])

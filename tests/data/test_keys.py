@@ -321,7 +321,7 @@ def test_scores_that_look_like_ranks_are_warned_of(here):
     assert not any("1…K" in line for line in lines)
 
 
-# -- what nobody reads
+# -- columns that are not read
 
 
 def write(rows):
@@ -347,10 +347,10 @@ def write(rows):
         ("demonstrations", {"instruction": "q", "input": "i", "output": "a", "text": "q i a"}, ["text"]),
     ],
 )
-def test_columns_that_nobody_reads_are_listed(here, need, row, unread):
+def test_columns_that_are_not_read_are_listed(here, need, row, unread):
     write([row, row | {"prompt": "p"} if "prompt" in row else row])
     _, (count,) = check_sources(Data(train="x.jsonl"), need)
     assert count.unread == unread
-    listed = [line for line in count.lines() if "nobody reads" in line]
-    assert listed == ([f"  columns that nobody reads: {', '.join(unread)}"] if unread else [])
+    listed = [line for line in count.lines() if "not read" in line]
+    assert listed == ([f"  columns that are not read: {', '.join(unread)}"] if unread else [])
     assert read_groups(Data(train="x.jsonl"), need, 0).counts[0].unread == unread

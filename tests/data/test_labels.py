@@ -82,6 +82,6 @@ def test_a_missing_cell_is_said_once_a_file_or_at_its_row():
     Path("p.jsonl").write_text('{"prompt": "q", "answer": 1}\n{"prompt": "r"}\n')
     data = Data(train="p.jsonl")
     (line,) = check_sources(data, "prompts", cells=["anser"])[0]
-    assert line == "p.jsonl: no column 'anser' to compare responses with (has prompt, answer), did you mean 'answer'?"
+    assert line == "p.jsonl: no column 'anser' to compare responses with (has prompt, answer). Did you mean 'answer'?"
     with pytest.raises(DataError, match=r"p.jsonl:2: 'answer' is missing"):
         read_groups(data, "prompts", 0, ["answer"])

@@ -51,7 +51,7 @@ def test_every_broken_line_is_reported_and_the_others_are_read():
     rows, problems = collected(source("a.jsonl"))
     assert [place for place, _ in rows] == ["a.jsonl:1", "a.jsonl:5"]
     assert problems == [
-        "a.jsonl:2: not valid JSON (Expecting ',' delimiter at column 9); mend or remove the line",
+        "a.jsonl:2: not valid JSON (Expecting ',' delimiter at column 9); correct or remove the line",
         'a.jsonl:3: the row is a list, not an object; write {"column": value, …}',
         'a.jsonl:4: the row is a str, not an object; write {"column": value, …}',
     ]
@@ -142,7 +142,7 @@ def test_csv_records_that_do_not_fit_the_header_are_reported():
         "a.csv:4: 1 cell under 2 columns; quote cells that hold commas",
     ]
     write("b.csv", "a,b,a\n1,2,3\n")
-    assert collected(source("b.csv")) == ([], ["b.csv:1: the column 'a' is there twice; rename one"])
+    assert collected(source("b.csv")) == ([], ["b.csv:1: the column 'a' occurs twice; rename one"])
 
 
 def test_parquet_rows_and_a_damaged_parquet_file():
@@ -217,14 +217,14 @@ def test_a_missing_file_names_the_nearest_one():
     write("data/pairs.jsonl", "{}")
     with pytest.raises(DataError) as raised:
         list(read_rows(source("data/pars.jsonl")))
-    said = "data/pars.jsonl: no such file; did you mean 'data/pairs.jsonl'? (looked in the working directory)"
+    said = "data/pars.jsonl: no such file (looked in the working directory). Did you mean 'data/pairs.jsonl'?"
     assert raised.value.lines == (said,)
     # the right name in the wrong place, and nothing that is near
-    assert "did you mean 'data/pairs.jsonl'?" in collected(source("some/other/place/pairs.jsonl"))[1][0]
+    assert "Did you mean 'data/pairs.jsonl'?" in collected(source("some/other/place/pairs.jsonl"))[1][0]
     assert collected(source("zzz.csv"))[1] == [
         "zzz.csv: no such file (looked in the working directory); there is data/pairs.jsonl"
     ]
-    with pytest.raises(DataError, match="did you mean"):
+    with pytest.raises(DataError, match="Did you mean"):
         fingerprint(source("data/pars.jsonl"))
 
 
@@ -243,7 +243,7 @@ def test_columns_reach_into_lists_of_objects():
     ((_, found),) = rows
     assert (found["prompt"], found["responses"], found["scores"]) == ("q", ["a", "b"], [4.5, 2])
     assert problems == [
-        "a.jsonl:2: no column 'ask.text' (has ask, completions); mend `columns` of the source or the row"
+        "a.jsonl:2: no column 'ask.text' (has ask, completions); correct `columns` of the source or the row"
     ]
 
 
@@ -251,7 +251,7 @@ def test_columns_are_renamed_and_a_missing_one_is_placed():
     write("a.jsonl", '{"q": 1, "a": 2, "c": 3}\n{"q": 1, "c": 3}\n')
     rows, problems = collected(source("a.jsonl", columns={"prompt": "q", "completion": "a"}))
     assert rows == [("a.jsonl:1", {"c": 3, "prompt": 1, "completion": 2})]
-    assert problems == ["a.jsonl:2: no column 'a' (has q, c); mend `columns` of the source or the row"]
+    assert problems == ["a.jsonl:2: no column 'a' (has q, c); correct `columns` of the source or the row"]
     swapped = list(read_rows(source("a.jsonl", columns={"q": "c", "c": "q"})))
     assert swapped[0][1] == {"a": 2, "q": 3, "c": 1}
 
@@ -314,7 +314,7 @@ def test_the_fingerprint_of_a_hub_id_names_the_cached_revision(monkeypatch, tmp_
 
 def test_local_files_need_no_heavy_import():
     code = (
-        "import sys; from align_cli.data import groups; from align_cli.recipe.schema import Data;"
+        "import sys; from align_cli.data import groups; from align_cli.recipe.sections import Data;"
         "groups.check_sources(Data(train='a.jsonl'), 'prompts');"
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )

@@ -6,8 +6,8 @@ import api
 import pytest
 
 from align_cli.errors import AlignError
-from align_cli.model.endpoint import Endpoint, cost, key_problems
-from align_cli.recipe.speaker import Speaker
+from align_cli.model.endpoint import Endpoint
+from align_cli.recipe.generation import GeneratorSource
 
 ASK = [{"role": "user", "content": "hello"}]
 
@@ -28,8 +28,8 @@ def endpoint(server, monkeypatch):
 def made(address, monkeypatch, key=api.KEY, **more):
     monkeypatch.setenv("THE_KEY", key)
     spent, waited = Counter(), []
-    speaker = Speaker(endpoint=address, model="m", key_env="THE_KEY", **{"retries": 3, "timeout": 0.5} | more)
-    endpoint = Endpoint(speaker, "feedback", spent.update, waited.append)
+    source = GeneratorSource(endpoint=address, model="m", key_env="THE_KEY", **{"retries": 3, "timeout": 0.5} | more)
+    endpoint = Endpoint(source, "feedback", spent.update, waited.append)
     endpoint.spent, endpoint.waited = spent, waited
     return endpoint
 
@@ -46,9 +46,9 @@ def test_an_answer_and_what_it_used(endpoint):
     endpoint.probe()
     assert endpoint.complete(ASK)["message"]["content"] == "I can help you with 5 letters."
     assert endpoint.spent == {"requests": 1, "prompt_tokens": 10, "completion_tokens": 4} and not endpoint.waited
-    priced = Speaker(endpoint="http://x", model="m", price={"prompt": 1.0, "completion": 5.0})
-    assert cost({"prompt_tokens": 1_000_000, "completion_tokens": 200_000}, priced) == 2.0
-    assert cost({}, endpoint.speaker) is None
+    priced = GeneratorSource(endpoint="http://x", model="m", price={"prompt": 1.0, "completion": 5.0})
+    assert priced.cost({"prompt_tokens": 1_000_000, "completion_tokens": 200_000}) == 2.0
+    assert endpoint.source.cost({}) is None
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_after_the_last_attempt_it_is_said_in_one_line(server, endpoint):
     server.trouble = ["429"] * 4
     assert "429" in (line := refusal(endpoint)) and "4 times" in line and "lower feedback.concurrency" in line
     server.trouble = ["500"] * 4
-    assert "answered 500 (no luck with" in (line := refusal(endpoint)) and "the same command goes on" in line
+    assert "answered 500 (no luck with" in (line := refusal(endpoint)) and "the same command continues" in line
 
 
 def test_a_wrong_key_is_not_tried_again(server, monkeypatch):
@@ -86,15 +86,16 @@ def test_nobody_there(server, monkeypatch):
     server.shutdown()
     server.server_close()
     endpoint = made(server.address, monkeypatch)
-    with pytest.raises(AlignError, match=r"cannot be reached \(Connection refused\); start or mend the server"):
+    with pytest.raises(AlignError, match=r"cannot be reached \(Connection refused\); start or repair the server"):
         endpoint.probe()
     assert "4 times" in refusal(endpoint) and endpoint.spent["retries_connection"] == 3
 
 
 def test_a_key_that_is_not_set(monkeypatch):
     monkeypatch.delenv("THE_KEY", raising=False)
-    speaker = Speaker(endpoint="http://x", model="m", key_env="THE_KEY")
-    (line,) = key_problems(speaker, "feedback")
+    source = GeneratorSource(endpoint="http://x", model="m", key_env="THE_KEY")
+    (line,) = source.environment_problems("feedback")
     assert line.startswith("feedback.key_env: THE_KEY is not set")
-    # what is no name may be the key itself
-    assert key_problems(Speaker(endpoint="http://x", model="m", key_env="sk-1"), "feedback") == []
+    # anything but a name may be the key itself
+    pasted = GeneratorSource(endpoint="http://x", model="m", key_env="sk-1")
+    assert pasted.environment_problems("feedback") == []

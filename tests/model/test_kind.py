@@ -106,7 +106,7 @@ def test_a_file_is_no_model(here):
 
 def test_a_config_that_is_no_mapping(folder):
     held = kind.look(folder("odd", weights=True, config=[1]))
-    assert (held.kind, held.finding) == ("other", "its config.json is no JSON object")
+    assert (held.kind, held.finding) == ("other", "its config.json is not a JSON object")
 
 
 @pytest.mark.parametrize("architectures", [None, [], [1], "LlamaForCausalLM", {}])
@@ -126,7 +126,7 @@ def test_a_git_lfs_pointer(folder, file):
     (Path(name) / file).write_bytes(POINTER)
     held = kind.look(name)
     assert (held.kind, held.finding) == ("other", f"{file} is a git-lfs pointer")
-    assert held.mend == "run `git lfs pull` there"
+    assert held.remedy == "run `git lfs pull` there"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_weights_that_were_not_written_whole(folder, text):
     name = folder("lm", "LlamaForCausalLM")
     (Path(name) / "model.safetensors").write_bytes(text)
     held = kind.look(name)
-    assert (held.kind, held.finding) == ("other", "model.safetensors is no whole safetensors file")
+    assert (held.kind, held.finding) == ("other", "model.safetensors is not a complete safetensors file")
     with pytest.raises(ValueError, match=r"header|Expecting"):
         kind.header(Path(name) / "model.safetensors")
 

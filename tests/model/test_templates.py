@@ -62,7 +62,7 @@ def test_a_named_template_must_be_there(model):
     Path("mine.jinja").write_text("x")
     assert [templates.problems(model, name) for name in ("chatml", "zephyr", "plain", "mine.jinja")] == [[]] * 4
     assert templates.problems(model, "zephir") == [
-        "model.chat_template: zephir: no such template, did you mean 'zephyr'?"
+        "model.chat_template: zephir: no such template. Did you mean 'zephyr'?"
     ]
     (line,) = templates.problems(model, "mine.jinga")
     assert "known: chatml, zephyr, plain, raw, or the path of a Jinja file" in line

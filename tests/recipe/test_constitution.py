@@ -37,20 +37,20 @@ def test_every_problem_of_a_file_comes_at_once_with_its_line(here):
         "law.yaml:6: principles[1].revision_request: is missing; write it",
         "law.yaml:6: principles[1].comparison: is missing; write it",
         "law.yaml:8: principles[1].prompts: expected 'all', 'red-team' or 'harmless', found str 'some'",
-        "law.yaml:7: principles[1].critique_requst: unknown key, did you mean 'critique_request'?",
-        "law.yaml:9: exmples: unknown key, did you mean 'examples'?",
+        "law.yaml:7: principles[1].critique_requst: unknown key. Did you mean 'critique_request'?",
+        "law.yaml:9: exmples: unknown key. Did you mean 'examples'?",
     ]
 
 
 def test_twice_the_same_name_none_for_a_kind_and_no_file(here):
     one = "{ id: a, critique_request: c, revision_request: r, comparison: q, prompts: red-team }"
     (here / "law.yaml").write_text(f"principles: [{one}, {one}]\n")
-    assert constitution.problems("law.yaml", ["red-team"]) == ["law.yaml: the principle 'a' is there twice; rename one"]
+    assert constitution.problems("law.yaml", ["red-team"]) == ["law.yaml: the principle 'a' occurs twice; rename one"]
     (here / "law.yaml").write_text(f"principles: [{one}]\n")
     (line,) = constitution.problems("law.yaml", ["red-team", "harmless"])
     assert "no principle is for harmless prompts" in line
     (line,) = constitution.problems("defalt", ["red-team"])
-    assert "did you mean 'default'?" in line
+    assert "Did you mean 'default'?" in line
     (here / "law.yaml").write_text("principles: [\n")
     assert "not valid YAML" in constitution.problems("law.yaml", ["red-team"])[0]
 
@@ -69,7 +69,7 @@ def test_twice_the_same_name_none_for_a_kind_and_no_file(here):
         (["feedback={endpoint: 'http://x/v1'}"], "name the model that the endpoint serves"),
         (["feedback={endpoint: 'http://u:secret@x/v1', model: m}"], "holds a secret"),
         (["feedback={endpoint: 'http://x/v1', model: m, key_env: sk-live-1234}"], "never the key"),
-        (["data.eval=b.jsonl"], "is a fraction in cai"),
+        (["data.eval=b.jsonl"], "must be a fraction in cai"),
     ],
 )
 def test_rules(here, words, said):

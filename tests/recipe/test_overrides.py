@@ -120,7 +120,7 @@ def test_what_is_no_setting(mine, word, said):
 
 
 def test_a_group_that_is_not_there(mine):
-    assert "did you mean 'r16'?" in refused("lora=r1")
+    assert "Did you mean 'r16'?" in refused("lora=r1")
     assert "known: r128, r16" in refused("lora=zzz")
     assert "write data.train=my.jsonl" in refused("data=my.jsonl")
 

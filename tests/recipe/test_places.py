@@ -47,7 +47,7 @@ def test_a_folder_of_the_name_is_no_recipe(here):
 
 def test_a_miss_names_the_nearest_of_this_stage_and_what_else_has_the_name(here):
     write("recipes/sft/kitten.yaml")
-    assert "did you mean 'kitten'?" in missed("sft", "kiten.yaml")
+    assert "Did you mean 'kitten'?" in missed("sft", "kiten.yaml")
     line = missed("dpo", "kitten")
     assert "known for dpo: " in line and "zephyr" in line and "of that name there is sft/kitten" in line
 

@@ -41,7 +41,7 @@ def problems(stage, *arguments):
         ("method: 5", "mine.yaml:3: method: expected a section with keys train_on, packing, found 5"),
         ("trainer: null", "mine.yaml:3: trainer: expected an object, found NoneType None"),
         ("launch: { num_gpus: 0 }", "mine.yaml:3: launch.num_gpus: expected greater than or equal to 1, found int 0"),
-        ("method: { train_on: turns }", "mine.yaml:3: method.train_on: 'turns' is none of all-turns, last-turn"),
+        ("method: { train_on: turns }", "mine.yaml:3: method.train_on: 'turns' is not one of all-turns, last-turn"),
     ],
 )
 def test_a_wrong_value(here, text, line):
@@ -61,7 +61,7 @@ def test_every_entry_of_a_list_of_sources_is_checked(here):
     write("mine.yaml", "model: { path: x }\ndata:\n  train:\n    - a.jsonl\n    - { pth: b, weight: 0 }\n")
     assert sorted(line.split(": ", 1)[1] for line in problems("sft", "recipe=mine")) == [
         "data.train[1].path: is missing; set data.train[1].path=…",
-        "data.train[1].pth: unknown key, did you mean 'path'?",
+        "data.train[1].pth: unknown key. Did you mean 'path'?",
         "data.train[1].weight: expected greater than 0, found int 0",
     ]
 
@@ -73,7 +73,7 @@ def test_an_unknown_key_that_is_near_to_none_is_told_what_there_is(here):
 
 def test_an_unknown_key_at_the_top(here):
     write("mine.yaml", BARE + "modle: {}\n")
-    assert problems("sft", "recipe=mine") == ["mine.yaml:3: modle: unknown key, did you mean 'model'?"]
+    assert problems("sft", "recipe=mine") == ["mine.yaml:3: modle: unknown key. Did you mean 'model'?"]
 
 
 def test_a_setting_of_another_stage_is_unknown_here(here):
@@ -150,7 +150,7 @@ def test_a_value_that_could_be_of_several_types_is_one_problem(here, stage, word
 def test_a_key_from_a_group_is_placed_in_the_groups_file(here):
     write("recipes/zero/odd.yaml", "# a comment\nstag: 3\n")
     write("mine.yaml", "defaults: [/zero: odd, _self_]\n" + BARE)
-    assert problems("sft", "recipe=mine") == ["recipes/zero/odd.yaml:2: zero.stag: unknown key, did you mean 'stage'?"]
+    assert problems("sft", "recipe=mine") == ["recipes/zero/odd.yaml:2: zero.stag: unknown key. Did you mean 'stage'?"]
 
 
 def test_a_key_from_a_picked_group_is_placed_in_the_picked_file(here):
@@ -158,7 +158,7 @@ def test_a_key_from_a_picked_group_is_placed_in_the_picked_file(here):
     write("recipes/zero/odd.yaml", "# a comment\nstage: 9\n")
     write("mine.yaml", "defaults: [/zero: good, _self_]\n" + BARE)
     (line,) = problems("sft", "recipe=mine", "zero=odd")
-    assert line.startswith("recipes/zero/odd.yaml:2: zero.stage: 9 is none of")
+    assert line.startswith("recipes/zero/odd.yaml:2: zero.stage: 9 is not one of")
     write("recipes/sft/kid.yaml", "defaults: [base, override /zero: odd, _self_]\nname: kid\n")
     write("recipes/sft/base.yaml", "defaults: [/zero: good, _self_]\n" + BARE)
     (line,) = problems("sft", "recipe=kid")
@@ -177,7 +177,7 @@ def test_an_entry_of_a_list_has_a_line_of_its_own(here):
 def test_a_key_from_an_inherited_recipe_is_placed_in_that_recipe(here):
     write("recipes/sft/base.yaml", BARE + "seeds: 1\n")
     write("recipes/sft/kid.yaml", "defaults: [base, _self_]\nname: kid\n")
-    assert problems("sft", "recipe=kid") == ["recipes/sft/base.yaml:3: seeds: unknown key, did you mean 'seed'?"]
+    assert problems("sft", "recipe=kid") == ["recipes/sft/base.yaml:3: seeds: unknown key. Did you mean 'seed'?"]
 
 
 def test_the_command_line_is_the_place_of_what_was_set_there(here):
@@ -255,7 +255,7 @@ def test_an_inherited_recipe_with_a_key_written_twice(here):
         ("seed: !!int abc", ": cannot be composed (invalid literal for int()"),
         ("? [a, b]\n: 3", ":3: a sequence is a key in the file; keys are words, rename it"),
         ("zero: &x { config: { a: *x } }", ": cannot be composed (maximum recursion depth"),
-        ("name: '${'", ": name: no viable alternative at input '${'; mend the value or quote it"),
+        ("name: '${'", ": name: no viable alternative at input '${'; correct the value or quote it"),
         ("model: *nope", ":3: not valid YAML (found undefined alias 'nope'"),
         ("---\nseed: 1", ":3: not valid YAML"),
     ],

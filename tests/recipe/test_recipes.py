@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from align_cli.errors import RecipeError
-from align_cli.recipe import places, trainer
+from align_cli.recipe import places, trl_config
 from align_cli.recipe.check import check, from_tree, json_schema, load, to_tree
 from align_cli.recipe.compose import compose
-from align_cli.recipe.schema import STAGES
+from align_cli.recipe.stages import STAGES
 
 BARE = "model: { path: models/x }\ndata: { train: a.jsonl }\n"
 
@@ -47,7 +47,7 @@ def test_a_path_comes_before_the_folder_and_the_folder_before_what_is_shipped(he
 
 def test_a_miss_names_the_nearest(here):
     (line,) = problems("dpo", "recipe=zepyr")
-    assert "did you mean 'zephyr'?" in line
+    assert "Did you mean 'zephyr'?" in line
 
 
 def test_no_recipe(here):
@@ -146,15 +146,15 @@ def test_a_comma_is_no_list(here):
 def test_what_looks_like_an_option_is_answered_with_the_setting(here):
     write("mine.yaml")
     assert problems("dpo", "recipe=mine", "--beta=3", "stray") == [
-        "command line: --beta=3 is no option; write beta=3",
-        "command line: 'stray' is no setting; write key=value",
+        "command line: --beta=3 is not an option; write beta=3",
+        "command line: 'stray' is not a setting; write key=value",
     ]
 
 
 def test_a_group_name_that_is_none(here):
     write("mine.yaml")
     (line,) = problems("sft", "recipe=mine", "zero=zero4")
-    assert "did you mean 'zero" in line
+    assert "Did you mean 'zero" in line
     (line,) = problems("sft", "recipe=mine", "model=gpt2")
     assert "write model.path=gpt2" in line
 
@@ -170,11 +170,11 @@ def test_all_problems_come_at_once_each_with_its_place(here):
     lines = problems("dpo", "recipe=mine", "+method.bta=1", "trainer.lerning_rate=1", "lora=None", "seed=true")
     assert sorted(lines) == sorted(
         [
-            "mine.yaml:1: model.dtyp: unknown key, did you mean 'dtype'?",
-            "mine.yaml:4: data.max_lenght: unknown key, did you mean 'max_length'?",
+            "mine.yaml:1: model.dtyp: unknown key. Did you mean 'dtype'?",
+            "mine.yaml:4: data.max_lenght: unknown key. Did you mean 'max_length'?",
             "mine.yaml:6: method.beta: expected a number, found str '0.1'",
-            "command line: method.bta: unknown key, did you mean 'beta'?",
-            "command line: trainer.lerning_rate: unknown key, did you mean 'learning_rate'?",
+            "command line: method.bta: unknown key. Did you mean 'beta'?",
+            "command line: trainer.lerning_rate: unknown key. Did you mean 'learning_rate'?",
             "command line: lora: 'None' is text here; write null for nothing",
             "command line: seed: expected an integer, found bool True",
         ]
@@ -184,7 +184,7 @@ def test_all_problems_come_at_once_each_with_its_place(here):
 def test_a_literal_names_what_is_known_and_what_is_near(here):
     write("mine.yaml")
     (line,) = problems("dpo", "recipe=mine", "method.loss=sigmod")
-    assert "'sigmod' is none of sigmoid, cdpo" in line and "did you mean 'sigmoid'?" in line
+    assert "'sigmod' is not one of sigmoid, cdpo" in line and "Did you mean 'sigmoid'?" in line
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_groups_must_not_win_over_the_file_in_silence(here):
 def test_a_default_that_is_not_there(here):
     write("mine.yaml", "defaults: [/zero: zero33, _self_]\n" + BARE)
     (line,) = problems("sft", "recipe=mine")
-    assert "zero/zero33" in line and "did you mean 'zero3'?" in line
+    assert "zero/zero33" in line and "Did you mean 'zero3'?" in line
 
 
 def test_an_interpolation_that_leads_nowhere(here):
@@ -252,16 +252,16 @@ def test_a_recipe_of_another_stage(here):
 # --- the trainer block --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", sorted(trainer.CONFIGS))
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_fields_read_from_source_are_those_of_the_installed_class(stage):
     import transformers
     import trl
 
-    file, name = trainer.CONFIGS[stage]
-    installed = getattr(trl if file else transformers, name)
-    assert set(trainer.fields(stage)) == {field.name for field in dataclasses.fields(installed) if field.init}
+    config = STAGES[stage].config
+    installed = getattr(trl if config.file else transformers, config.name)
+    assert set(trl_config.fields(stage)) == {field.name for field in dataclasses.fields(installed) if field.init}
     for field in dataclasses.fields(installed):
-        literal = trainer.fields(stage)[field.name].default
+        literal = trl_config.fields(stage)[field.name].default
         if isinstance(literal, (bool, int, float)) and field.default is not dataclasses.MISSING:
             assert literal == field.default, field.name
 
@@ -271,17 +271,17 @@ def test_the_fields_read_from_source_are_those_of_the_installed_class(stage):
     [
         ({"learning_rate": "5e-7"}, "expected float, found str '5e-7'"),
         ({"num_train_epochs": True}, "expected float, found bool True"),
-        ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'?"),
+        ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'?"),
         ({"warmup_ratio": 0.1}, "write warmup_steps=0.1"),
         ({"beta": 0.1}, "is set by method.beta"),
         ({"output_dir": "x"}, "is set by run_dir"),
         ({"resume_from_checkpoint": "x"}, "is done by the run itself"),
         ({"max_length": 5}, "is set by data.max_length"),
-        ({"per_device_train_batch_sise": 5}, "did you mean 'per_device_train_batch_size'?"),
+        ({"per_device_train_batch_sise": 5}, "Did you mean 'per_device_train_batch_size'?"),
     ],
 )
 def test_trainer_problems(block, said):
-    ((place, text),) = trainer.problems("dpo", block)
+    ((place, text),) = trl_config.problems("dpo", block)
     assert place == f"trainer.{next(iter(block))}" and said in text
 
 
@@ -293,7 +293,7 @@ def test_trainer_problems(block, said):
     ],
 )
 def test_what_the_config_takes_is_taken(block):
-    assert trainer.problems("sft", block) == []
+    assert trl_config.problems("sft", block) == []
 
 
 # --- what is written out ------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import yaml
 
 from align_cli.recipe import places
 from align_cli.recipe.check import from_tree, json_schema, load, to_tree
-from align_cli.recipe.schema import STAGES, Recipe
+from align_cli.recipe.sections import Recipe
+from align_cli.recipe.stages import STAGES
 
 KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
@@ -151,7 +152,7 @@ def test_a_docstring_stands_under_every_field(stage):
             if inner:
                 read(inner)
 
-    read(STAGES[stage])
+    read(STAGES[stage].recipe)
     assert {"train", "path", "stage", "num_gpus", "r", "prompts", "run_dir"} <= set(seen)
 
 
@@ -176,7 +177,7 @@ def test_a_typed_recipe_becomes_a_tree_and_comes_back(here, stage):
     words += ["samples={prompts: [hi], max_new_tokens: 3}"] if answers else []
     recipe = load(stage, [*words, "zero=zero3-offload", "zero.config={x: {y: [1, null]}}", "launch.num_gpus=4"])[1]
     back = from_tree(stage, yaml.safe_load(yaml.safe_dump(to_tree(recipe))))
-    assert back == recipe and type(back) is STAGES[stage]
+    assert back == recipe and type(back) is STAGES[stage].recipe
     assert back.zero.config == {"x": {"y": [1, None]}} and back.data.eval == (0.05 if held_out else None)
     assert not answers or back.samples.prompts == ["hi"]
     with pytest.raises(dataclasses.FrozenInstanceError):

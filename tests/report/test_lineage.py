@@ -110,7 +110,7 @@ def test_a_manifest_that_is_torn_or_not_ours(here, text, said):
 def test_what_is_no_run(chain):
     with pytest.raises(UpstreamError, match="runs/none: no such run"):
         drawn("runs/none")
-    with pytest.raises(UpstreamError, match="models/base: is no run"):
+    with pytest.raises(UpstreamError, match="models/base: is not a run"):
         drawn("models/base")
 
 

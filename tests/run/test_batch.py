@@ -1,17 +1,17 @@
 """Rows a step: what follows from what, and which numbers would have divided."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from align_cli.errors import RecipeError
+from align_cli.recipe.check import from_tree
 from align_cli.run import batch
 
 
 def made(total=None, ranks=1, **trainer):
-    recipe = SimpleNamespace(trainer=trainer, data=SimpleNamespace(batch_size=total))
-    found = batch.arithmetic("sft", recipe, ranks)
-    return found.per_device, found.accumulation, found.total
+    data = {"train": ["rows.jsonl"], "batch_size": total}
+    recipe = from_tree("sft", {"name": "t", "run_dir": "r", "model": {"path": "m"}, "data": data, "trainer": trainer})
+    rows = batch.arithmetic(recipe, ranks)
+    return rows.per_device, rows.accumulation, rows.total
 
 
 def refused(total, ranks, **trainer):

@@ -26,8 +26,8 @@ def test_hosts_keep_their_order_without_comments_and_blank_lines(here):
 def test_every_bad_line_is_named(here):
     file = hostfile(here, "one slots=four\ntwo\nthree slots=1\nthree slots=1\n")
     assert refused(file) == [
-        "hosts:1: 'one slots=four' is no `host slots=N`; mend this line",
-        "hosts:2: 'two' is no `host slots=N`; mend this line",
+        "hosts:1: 'one slots=four' is not `host slots=N`; correct this line",
+        "hosts:2: 'two' is not `host slots=N`; correct this line",
         "hosts:4: host three is named twice; add its slots up in one line",
     ]
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from project import locked
 
-from align_cli.errors import LaunchError, UpstreamError
+from align_cli.errors import LaunchError
 from align_cli.run import directory
 from align_cli.run.directory import COMPLETE, RunDirectory, trim_metrics, write_atomically
 
@@ -30,9 +31,6 @@ def test_only_status_complete_is_finished(run):
 def test_a_file_in_the_place_is_foreign(here):
     (here / "x").write_text("")
     assert RunDirectory("x").state() == "foreign"
-    with pytest.raises(UpstreamError, match="x: is not empty and no run; set run_dir="):
-        RunDirectory("x").refuse_foreign()
-    RunDirectory("y").refuse_foreign()
 
 
 @pytest.mark.parametrize("text", ['{"status": "comp', "[]"])
@@ -79,24 +77,25 @@ def test_what_never_began_leaves_no_empty_folders_and_takes_no_neighbour(run):
     assert not run.path.parent.exists() and (other / "x").is_file()
 
 
-HOLD = """
+LOCK = """
 from align_cli.run.directory import RunDirectory
-with RunDirectory('runs/t/sft').locked():
-    print('held', flush=True)
-    input()
+run = RunDirectory('runs/t/sft')
+run.lock()
+print('locked', flush=True)
+input()
 """
 
 
-def test_the_lock_names_who_holds_it_and_goes_with_its_process(run):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(LaunchError, match=rf"another align \(process {holder.pid}\) is working in it"), run.locked():
+def test_the_lock_names_its_process_and_goes_with_it(run):
+    holder = subprocess.Popen([sys.executable, "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(LaunchError, match=rf"another align \(process {holder.pid}\) is working in it"), locked(run):
         pass
     holder.kill()
     holder.communicate()
-    with run.locked():
+    with locked(run):
         assert (run.path / ".lock").read_text() == str(os.getpid())
-    with run.locked():
+    with locked(run):
         pass
 
 
@@ -105,11 +104,11 @@ def test_a_lock_in_a_directory_that_was_moved_while_it_was_taken_is_none(run, mo
 
     def flock(lock, how):
         if not taken:
-            run.path.rename(run.path.with_name("moved"))  # by who held it until now
+            run.path.rename(run.path.with_name("moved"))  # by the process that has just released it
         taken.append(lock.name)
 
     monkeypatch.setattr(directory.fcntl, "flock", flock)
-    with run.locked():
+    with locked(run):
         assert len(taken) == 2 and (run.path / ".lock").read_text() == str(os.getpid())
     assert (run.path.with_name("moved") / ".lock").read_text() == ""
 

@@ -6,10 +6,10 @@ from align_cli.recipe.check import load
 from align_cli.run.footprint import footprint
 
 
-def held(stage, *words):
+def planned(stage, *words):
     """Bytes by part, in parameters of 4 bytes where nothing else is said."""
     recipe = load(stage, [*words, "model.dtype=float32"])[1]
-    return {part.name: part.bytes / 4 for part in footprint(stage, recipe, 1, 1)[1]}
+    return {part.name: part.bytes / 4 for part in footprint(recipe, 1, 1)[1]}
 
 
 P = 7.24e9
@@ -41,11 +41,11 @@ SIZED = "model.parameters=7.24e9"
     ],
 )
 def test_models_held(here, stage, recipe, words, weights, frozen):
-    found = held(stage, f"recipe={recipe}", *ZERO, *words)
-    assert found["weights"] == pytest.approx(weights * P)
-    assert {name: found[name] / P for name in ("reference", "reward") if name in found} == pytest.approx(frozen)
+    parts = planned(stage, f"recipe={recipe}", *ZERO, *words)
+    assert parts["weights"] == pytest.approx(weights * P)
+    assert {name: parts[name] / P for name in ("reference", "reward") if name in parts} == pytest.approx(frozen)
 
 
 def test_one_backbone_trains_two_adapters(here):
-    alone = held("rloo", "recipe=hh", *ZERO, "lora=r16")["gradients"]
-    assert held("ppo", "recipe=instructgpt", *ZERO, "lora=r16")["gradients"] == pytest.approx(2 * alone)
+    alone = planned("rloo", "recipe=hh", *ZERO, "lora=r16")["gradients"]
+    assert planned("ppo", "recipe=instructgpt", *ZERO, "lora=r16")["gradients"] == pytest.approx(2 * alone)

@@ -6,6 +6,7 @@ import pytest
 
 from align_cli.recipe.sections import Launch
 from align_cli.run import launch
+from align_cli.run.environment import quiet
 
 
 def words(here, **settings):
@@ -114,5 +115,5 @@ def test_slurms_short_list_of_nodes_is_no_address(environment, nodes, first):
 def test_libraries_are_told_to_be_quiet_but_not_overruled(environment):
     environment["TRANSFORMERS_VERBOSITY"] = "info"
     environment.pop("HF_HUB_DISABLE_TELEMETRY", None)
-    launch.quiet_environment()
+    quiet()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info" and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -141,7 +141,7 @@ def test_a_chain_is_planned_over_its_recipes(project):
 
 
 def test_what_is_to_be_made_is_refused_when_starting(project):
-    line = "model.path: runs/t/sft is not there; run `align sft recipe=t.yaml` first"
+    line = "model.path: runs/t/sft does not exist. Run `align sft recipe=t.yaml` first."
     assert refused("model.path=${stage:sft}", starting=True) == [line]
     assert plan("model.path=${stage:sft}").todo
 
@@ -155,8 +155,8 @@ def test_a_run_that_is_still_to_be_made_may_be_spelled_otherwise(project, path):
 @pytest.mark.parametrize("starting", [True, False])
 def test_a_run_that_no_recipe_makes(project, starting):
     (line,) = refused("model.path=${stage:sft,tt}", starting=starting)
-    assert line.startswith("model.path: runs/tt/sft is not there, and no recipe makes it")
-    assert "did you mean 't'?" in line
+    assert line.startswith("model.path: runs/tt/sft does not exist, and no recipe makes it")
+    assert "Did you mean 't'?" in line
 
 
 def test_a_run_that_a_recipe_of_its_name_does_not_make(project):
@@ -246,7 +246,7 @@ def test_a_reward_model_is_no_reference(project):
 
 def test_a_directory_with_a_near_name(project):
     (line,) = refused("model.path=models/xx", "model.chat_template=chatml")
-    assert "no such directory, did you mean 'models/x'" in line
+    assert "or a hub id. Did you mean 'models/x'" in line
 
 
 def test_streaming_must_know_when_to_stop(project):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from project import locked
 
 from align_cli.errors import AlignError, LaunchError, UpstreamError
-from align_cli.run import launch, manifest, preflight, worker
+from align_cli.run import environment, launch, manifest, preflight, worker
 from align_cli.run.directory import RunDirectory
 from align_cli.run.prepare import begin
 
@@ -39,7 +40,7 @@ def begun(*words):
     said = []
     run = begin(planned(*words), said.append)
     if run is not None:
-        run.release()
+        run.unlock()
     return run, said
 
 
@@ -81,7 +82,7 @@ def test_force_runs_a_finished_run_again_and_keeps_the_old_one(project):
     run, _ = begun()
     finish(run)
     new, (line,) = begun("force=true")
-    assert "running again (force=true); what was there is now runs/t/dpo.old-1" in line
+    assert "running again (force=true); the old run is now runs/t/dpo.old-1" in line
     assert new.state() == "unfinished" and aside(run) == ["dpo.old-1"]
     assert (run.path.parent / "dpo.old-1" / "model.safetensors").read_bytes() == b"weights"
     assert yaml.safe_load(new.recipe.read_text())["force"] is False, "the recipe repeats the run, not the forcing"
@@ -113,7 +114,7 @@ def test_a_finished_run_of_something_else_is_set_aside_and_told_why(project, cha
     finish(run)
     words, why = change()
     new, (line,) = begun(*words)
-    assert why in line and "what was there is now runs/t/dpo.old-1" in line
+    assert why in line and "the old run is now runs/t/dpo.old-1" in line
     assert new.state() == "unfinished" and RunDirectory("runs/t/dpo.old-1").state() == "finished"
 
 
@@ -140,7 +141,7 @@ def test_an_unfinished_run_of_another_recipe_is_refused_with_both_ways_out(proje
 
 def test_a_directory_that_is_no_run_is_not_touched(project):
     write("runs/t/dpo/thesis.tex", "x")
-    with pytest.raises(AlignError, match="run_dir: runs/t/dpo is not empty and no run"):
+    with pytest.raises(AlignError, match="run_dir: runs/t/dpo is not empty and not a run"):
         begun()
     assert [path.name for path in Path("runs/t/dpo").iterdir()] == ["thesis.tex"]
 
@@ -153,20 +154,20 @@ def start(monkeypatch):
         monkeypatch.setattr(worker, "run", stage)
         return launch.start("dpo", ["recipe=t", *words], lambda _: None)
 
-    monkeypatch.setattr(launch, "quiet_environment", lambda: None)
+    monkeypatch.setattr(environment, "quiet", lambda: None)
     return start
 
 
 def test_force_does_not_move_a_run_that_another_process_works_in(project, start):
     run, _ = begun()
-    with run.locked(), pytest.raises(LaunchError, match="another align"):
+    with locked(run), pytest.raises(LaunchError, match="another align"):
         start("force=true")
     assert aside(run) == []
 
 
 def test_a_run_that_another_process_works_in_is_not_entered(project, start):
     run, _ = begun()
-    with run.locked(), pytest.raises(LaunchError, match="another align"):
+    with locked(run), pytest.raises(LaunchError, match="another align"):
         start()
     assert run.state() == "unfinished"
     assert start() == 0
@@ -175,7 +176,7 @@ def test_a_run_that_another_process_works_in_is_not_entered(project, start):
 def test_who_comes_second_does_not_take_away_what_the_first_began(project, start):
     run = RunDirectory("runs/t/dpo")
     # what the second of two commands started at the same moment sees: no recipe yet, and then the other one's lock
-    with run.locked():
+    with locked(run):
         with pytest.raises(LaunchError, match="another align"):
             start()
         assert run.path.is_dir()

@@ -10,7 +10,7 @@ import project
 import pytest
 import torch
 
-from align_cli.recipe.cai import LOST
+from align_cli.recipe.constitutional import LOST
 
 LAW = """principles:
   - { id: kind, critique_request: "Was it kind?", revision_request: Make it kinder., comparison: "Which is kinder?" }
@@ -330,7 +330,7 @@ def test_an_endpoint_that_fails_on_the_way_loses_nothing(server, folder):
     done = project.align(*served(server, "served"), cwd=folder, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("writer.endpoint: http://127.0.0.1") and "3 times" in line and "goes on" in line
+    assert line.startswith("writer.endpoint: http://127.0.0.1") and "3 times" in line and "continues" in line
     server.dies_after, server.log_probabilities = None, False
     done = project.align(*served(server, "served"), cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

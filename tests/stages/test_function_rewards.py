@@ -59,9 +59,9 @@ def test_code_runs_only_where_it_was_allowed(folder):
 @pytest.mark.parametrize(
     ("entry", "finding"),
     [
-        ("mine.brevity", "names no function; write module:function"),
+        ("mine.brevity", "does not name a function; write module:function"),
         ("nowhere:brevity", "no module nowhere in the working directory or among installed packages"),
-        ("mine:brevty", "defines no brevty; mend the name after the colon"),
+        ("mine:brevty", "defines no brevty; correct the name after the colon"),
     ],
 )
 def test_what_is_no_function_is_refused(folder, entry, finding):

@@ -109,7 +109,7 @@ def test_a_killed_round_asks_no_question_twice(folder, served):
     [
         (["reward.judge.endpoint=http://127.0.0.1:1/v1"], "cannot be reached"),
         (["reward.judge.key_env=OTHER"], "OTHER is not set"),
-        (["reward.principles=[wramth]"], "did you mean 'warmth'"),
+        (["reward.principles=[wramth]"], "Did you mean 'warmth'"),
         (["reward.constitution=lwa"], "no such constitution"),
         (["reward.path=models/tiny"], "both say where the reward comes from"),
         (["reward.judge={path: models/none, endpoint: null, model: null, key_env: null}"], "models/none"),

@@ -52,7 +52,7 @@ def test_merge_gives_the_logits_of_base_and_adapter(adapter, home, monkeypatch):
     torch.testing.assert_close(logits(load("runs/lora/sft-merged")), with_adapter, rtol=1e-4, atol=1e-4)
     assert (with_adapter - logits(load("models/tiny"))).abs().max() > 1e-3
     again = align("merge", "runs/lora/sft", cwd=home)
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
     whole = align("merge", "models/tiny", cwd=home)
     assert whole.returncode == 2 and "whole model" in whole.stderr
 

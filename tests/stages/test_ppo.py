@@ -144,7 +144,7 @@ def test_killed_in_its_second_epoch_and_run_again_it_ends_with_the_same_weights(
     ("words", "finding"),
     [
         (["reward.path=models/tiny"], "without a trained scalar head"),
-        (["reward.path=runs/none/rm"], "runs/none/rm is not there"),
+        (["reward.path=runs/none/rm"], "runs/none/rm does not exist"),
         (["generation.max_new_tokens=96"], "leaves no room for a prompt"),
         (["data.max_prompt_length=90"], "set data.max_prompt_length=84"),
         (["data.batch_size=15"], "do not divide by"),
@@ -221,17 +221,17 @@ def adapters(folder):
 
 def test_one_backbone_scores_what_the_reward_model_scores(adapters, folder):
     """The first rollout's rewards, scored again by the reward model itself."""
-    from align_cli.model import load, reward
+    from align_cli.model import load, reward_head
     from align_cli.model.lora import peft_config
-    from align_cli.model.shared import REWARD, SharedBackbone
     from align_cli.recipe.sections import Lora, Model
+    from align_cli.rl.backbone import REWARD, SharedBackbone
 
     named = Model(path=str(folder / "models/tiny"))
     tokenizer = load.tokenizer(named)
     run = folder / "runs/lora/rm"
     config = json.loads((run / "adapter_config.json").read_text())
     base = str(folder / config["base_model_name_or_path"])
-    alone = reward.load(named, tokenizer, dtype="float32", path=base, heads=1)
+    alone = reward_head.load(named, tokenizer, dtype="float32", path=base, heads=1)
     from peft import PeftModel
 
     alone = PeftModel.from_pretrained(alone, run).eval()
@@ -249,8 +249,8 @@ def test_both_adapters_get_their_own_gradient(adapters, folder, checkpointing):
     """PEFT's two silent traps: one backward for both trains one, and checkpointed blocks run under another adapter."""
     from align_cli.model import load
     from align_cli.model.lora import peft_config
-    from align_cli.model.shared import POLICY, VALUE, SharedBackbone
     from align_cli.recipe.sections import Lora, Model
+    from align_cli.rl.backbone import POLICY, VALUE, SharedBackbone
 
     named, run = Model(path=str(folder / "models/tiny")), str(folder / "runs/lora/rm")
     tokenizer = load.tokenizer(named)
@@ -337,7 +337,7 @@ def test_a_killed_run_on_one_backbone_ends_the_same(adapters, folder):
 
 def test_a_reward_model_on_another_base_cannot_share(adapters, folder):
     done = project.align("ppo", "recipe=t.yaml", "name=bad", *LORA, cwd=folder)
-    assert done.returncode == 2 and "is no adapter, so it cannot share" in done.stderr
+    assert done.returncode == 2 and "is not an adapter, so it cannot share" in done.stderr
     import tiny
 
     tiny.model(folder / "models/other", seed=5)

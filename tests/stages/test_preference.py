@@ -155,7 +155,7 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(folder, runs):
         (["method.also=[{loss: simpo}]"], ["stand in the mixture twice"]),
         (
             ["method.also=[{loss: dop}]", "method.gamma_ratio=-1", "data.train=sft.jsonl"],
-            ["did you mean 'dpo'?", "greater than or equal to 0", "preferences need"],
+            ["Did you mean 'dpo'?", "greater than or equal to 0", "preferences need"],
         ),
     ],
 )

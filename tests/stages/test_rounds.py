@@ -257,7 +257,7 @@ def test_spin_stops_when_replies_cannot_be_told_apart(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from align_cli.data import chat
-    from align_cli.methods.sampling import Sampler, respond
+    from align_cli.generation.sampling import Sampler, respond
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "models/tiny")
     model = AutoModelForCausalLM.from_pretrained(folder / "models/tiny")
@@ -327,7 +327,7 @@ def test_a_guard_ends_the_rounds_and_the_manifest_says_why(folder):
         ("spin", ["method.beta=[0.1]"], "has 1 entries for 2 iterations"),
         ("spin", ["data.eval=null"], "set data.eval=0.05"),
         ("spin", ["trainer.learning_rate=1e-4"], "keep one of the two"),
-        ("spin", ["model.path=runs/none/sft"], "runs/none/sft is not there"),
+        ("spin", ["model.path=runs/none/sft"], "runs/none/sft does not exist"),
         ("spin", ["method.prompts=100"], "data.train holds 48"),
     ],
 )

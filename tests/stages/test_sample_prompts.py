@@ -93,7 +93,7 @@ def test_parquet_cells_that_json_does_not_know_become_text():
 def test_columns_that_are_missing_are_named_once():
     write("p.jsonl", '{"promt": "Hi", "id": 1}\n' * 3)
     wanted = "samples.prompts: p.jsonl: no column 'prompt', 'question' or 'instruction'"
-    assert refused("p.jsonl") == [f"{wanted}, did you mean 'promt'? rename the column that holds the prompts"]
+    assert refused("p.jsonl") == [f"{wanted}. Did you mean 'promt'? rename the column that holds the prompts"]
     write("p.jsonl", '{"text": "Hi"}\n' * 3)
     assert refused("p.jsonl") == [f"{wanted}; rename the column that holds the prompts"]
 
@@ -121,7 +121,7 @@ def test_many_wrong_prompts_are_cut_short():
 
 def test_files_that_are_not_there_or_are_empty():
     assert refused("none.jsonl") == [
-        "samples.prompts: none.jsonl: no such file (looked in the working directory); mend the path"
+        "samples.prompts: none.jsonl: no such file (looked in the working directory); correct the path"
     ]
     said = "no such file; name one with a `prompt` column, or list prompts"
     assert refused("org/name") == [f"samples.prompts: org/name: {said}"]
@@ -135,7 +135,7 @@ def test_files_that_are_not_there_or_are_empty():
 def test_half_a_character_is_refused():
     write("p.jsonl", '{"prompt": "Cut \\ud83d here"}\n')
     (line,) = refused("p.jsonl")
-    assert line == "samples.prompts: p.jsonl:1: holds half a character ('\\ud83d'); mend the row"
+    assert line == "samples.prompts: p.jsonl:1: holds half a character ('\\ud83d'); correct the row"
 
 
 def test_torch_is_not_imported():

@@ -1,0 +1,160 @@
+"""Private names of TRL's trainers under public ones of our own (tests/compat/test_private_names.py).
+
+Our trainers override hooks that TRL calls by private names. The mixins here stand between: the private method calls a
+public one, which a trainer overrides, and the public default calls TRL's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+from trl.trainer import utils
+
+Responses = tuple[list[list[int]], Any]
+"""(token ids of responses, their log-probabilities where the engine gives them)."""
+
+
+class OnlineHooks:
+    """Mixin before GRPOTrainer or RLOOTrainer."""
+
+    gives_log_probs = True
+    """Whether this trainer's single turn returns log-probabilities beside ids; RLOOTrainer's does not."""
+
+    # -- what ours override
+
+    def prompt_tokens(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of prompts."""
+        return super()._tokenize_prompts(prompts)[0]
+
+    def sample(self, prompts: list[list[int]], generate: Callable[[list[list[int]]], Any]) -> Responses:
+        """Responses to prompts; `generate` is TRL's own way."""
+        made = generate(prompts)
+        return made if isinstance(made, tuple) else (made, None)
+
+    def rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A rollout: sampled, scored, ready for the loss."""
+        return super()._generate_and_score_completions(inputs)
+
+    def reward(self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], ids: Any) -> Tensor:
+        """(samples over all ranks, 1) rewards."""
+        return super()._calculate_rewards(inputs, prompts, completions, ids)
+
+    def micro_batch(self, batch: Any) -> Any:
+        """What one forward and backward pass is given."""
+        return super()._prepare_inputs(batch)
+
+    def policy_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The loss of a micro-batch."""
+        return super()._compute_loss(model, inputs)
+
+    def prompt_order(self, dataset: Dataset | None) -> Sampler:
+        """The order in which prompts are sampled."""
+        return super()._get_train_sampler(dataset)
+
+    # -- what TRL keeps
+
+    @property
+    def figures(self) -> dict[str, list[float]]:
+        """Training figures since the last log, by name."""
+        return self._metrics["train"]
+
+    @property
+    def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer itself, of a processor too."""
+        return self._tokenizer
+
+    @property
+    def micro_step(self) -> int:
+        """Forward and backward passes so far in this process."""
+        return self._step
+
+    def token_log_probs(self, model: Any, ids: Tensor, mask: Tensor, t: int, batch_size: int) -> Tensor:
+        """(b, t) log-probabilities of the last t tokens."""
+        return self._get_per_token_logps_and_entropies(model, ids, mask, t, batch_size=batch_size)[0]
+
+    # -- the private names
+
+    def _tokenize_prompts(self, prompts: list[Any]):
+        return self.prompt_tokens(prompts), None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any):
+        generate = super()._generate_single_turn
+        ids, log_probs = self.sample(prompt_ids, lambda prompts: generate(prompts, *args, **kwargs))
+        return (ids, log_probs) if self.gives_log_probs else ids
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.rollout(inputs)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        return self.reward(inputs, prompts, completions, completion_ids_list)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        return self.micro_batch(generation_batch)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        return self.policy_loss(model, inputs)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return self.prompt_order(dataset)
+
+
+class PreparedRows:
+    """Mixin before DPOTrainer or KTOTrainer, whose rows are tokens already."""
+
+    def prepared(self, dataset: Dataset) -> Dataset:
+        """The rows as the trainer's collator takes them."""
+        return dataset
+
+    def with_reference(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """The rows with the reference's log-probabilities."""
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def reference_engine(self, make: Callable[[], Any]) -> Any:
+        """The DeepSpeed engine that computes them; `make` makes it the first time."""
+        self._precompute_engine = self._precompute_engine or make()
+        return self._precompute_engine
+
+    @property
+    def eval_figures(self) -> dict[str, list[float]]:
+        """Held-out figures since the last log, by name."""
+        return self._metrics["eval"]
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on this rank's device."""
+        return self._prepare_inputs(batch)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return self.prepared(dataset)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        return self.with_reference(dataset, name, batch_size)
+
+
+class CountsTokens(Protocol):
+    """A trainer that counts the tokens it has trained on, as TRL's do."""
+
+    _total_train_tokens: int
+
+
+def trained_tokens(trainer: CountsTokens) -> int:
+    """Tokens that went through the model in training so far."""
+    return trainer._total_train_tokens
+
+
+def set_trained_tokens(trainer: CountsTokens, count: int) -> None:
+    """Set what `trained_tokens` says: trainers of ours count in their own way."""
+    trainer._total_train_tokens = count
+
+
+def replace_fused_head(function: type) -> None:
+    """Make `function` the autograd function of TRL's fused head in this process, over positions with a label only.
+
+    TRL scores every position where Triton is missing, for the sake of compilation.
+    """
+    utils._ChunkedLogProbFunction = function
+    utils._use_triton = lambda device: True

@@ -1,0 +1,205 @@
+"""Generators: models that reply to conversations and choose between two answers, in memory or behind an endpoint.
+
+Constitutional AI's writer and judge, and judges that are rewards, are generators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from align_cli import distributed
+from align_cli.data import chat
+from align_cli.errors import AlignError, raise_all
+from align_cli.generation import choice
+from align_cli.generation.choice import LogProbs
+from align_cli.generation.engine import TransformersEngine
+from align_cli.generation.sampling import Sampler
+from align_cli.model import load
+from align_cli.model.endpoint import Endpoint
+from align_cli.recipe.constitutional import CaiGeneration
+from align_cli.recipe.generation import Generation, GeneratorSource
+from align_cli.recipe.sections import Model
+
+Message = dict[str, str]
+Sampling = Generation | CaiGeneration
+"""The `generation:` section of a recipe."""
+Spend = Callable[[dict[str, int]], None]
+"""Takes what a generator used: prompt_tokens, completion_tokens, requests, retries by reason."""
+
+
+class Generator(Protocol):
+    """Replies to conversations and chooses between two answers."""
+
+    workers: int
+    """Calls that may run at a time."""
+
+    def units(self, conversations: Sequence[list[Message]], orders: int = 1) -> list[list[int]]:
+        """Indices of conversations that one call should answer together, each in so many orders."""
+
+    def reply(self, conversations: Sequence[list[Message]], seeds: Sequence[int], limit: int) -> list[Reply]:
+        """A reply to each conversation, row i drawn by seeds[i]; at most `limit` tokens."""
+
+    def choose(self, questions: Sequence[str], reasoned: Sequence[str | None]) -> list[LogProbs | None]:
+        """(log p(A), log p(B)) for each question, after what was reasoned; None without a choice."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a speaker said."""
+
+    text: str
+    flag: str = ""
+    """cut, where it did not come to its end; too_long, where the conversation leaves no room for a reply."""
+
+
+class LocalGenerator:
+    """A model in this process."""
+
+    workers = 1
+
+    def __init__(self, model: Model, path: str, settings: Sampling, spend: Spend, *, bf16: bool):
+        half = torch.cuda.is_available() or bf16
+        dtype = model.dtype if model.dtype != "auto" else "bfloat16" if half else "float32"
+        self.tokenizer = load.tokenizer(model, path)
+        self.model = _loaded(model, self.tokenizer, dtype, path).to(distributed.device()).eval()
+        self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+        self.ends = load.set_ends(self.model, chat.generation_ends(self.tokenizer))
+        self.settings, self.spend = settings, spend
+
+    def units(self, conversations: Sequence[list[Message]], orders: int = 1) -> list[list[int]]:
+        """Conversations of like length together, `generation.batch` at a time."""
+        order = sorted(range(len(conversations)), key=lambda at: (len(self._ids(conversations[at])), at))
+        size = max(self.settings.batch // orders, 1)
+        return [sorted(order[start : start + size]) for start in range(0, len(order), size)]
+
+    def reply(self, conversations: Sequence[list[Message]], seeds: Sequence[int], limit: int) -> list[Reply]:
+        """A reply to each conversation, row i drawn by seeds[i]; at most `limit` tokens."""
+        prompts = [self._ids(conversation) for conversation in conversations]
+        fits = [at for at, ids in enumerate(prompts) if len(ids) + limit <= self.context_length]
+        replies = [Reply("", "too_long")] * len(prompts)
+        if not fits:
+            return replies
+        made = self._engine(limit).respond([prompts[at] for at in fits], [seeds[at] for at in fits]).ids
+        for at, ids in zip(fits, made, strict=True):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            replies[at] = Reply(text, "" if ids and ids[-1] in self.ends else "cut")
+        used = sum(len(prompts[at]) for at in fits)
+        self.spend({"prompt_tokens": used, "completion_tokens": sum(map(len, made))})
+        return replies
+
+    def _engine(self, limit: int) -> TransformersEngine:
+        own = self.settings
+        greedy = not own.temperature
+        sampler = Sampler(limit, own.temperature or 1.0, own.top_p, own.top_k, own.batch, greedy)
+        return TransformersEngine(
+            lambda: contextlib.nullcontext(self.model), sampler, self.ends, self.tokenizer.pad_token_id
+        )
+
+    def choose(self, questions: Sequence[str], reasoned: Sequence[str | None]) -> list[LogProbs | None]:
+        """(log p(A), log p(B)) for each question, after what was reasoned; None where it does not fit."""
+        encoded = []
+        for question, reason in zip(questions, reasoned, strict=True):
+            tail = f"\n\n{choice.REASON}" if reason is not None else ""
+            text = chat.render(self.tokenizer, [{"role": "user", "content": question + tail}], prompt=True)
+            text += f"{reason}\n\n{choice.LEAD}" if reason is not None else choice.LEAD
+            encoded.append(choice.letters(self._encode, text))
+        fits = [at for at, (ids, _, _) in enumerate(encoded) if len(ids) < self.context_length]
+        choices: list[LogProbs | None] = [None] * len(encoded)
+        if fits:
+            chosen = choice.choose(self.model, [encoded[at] for at in fits], self.tokenizer.pad_token_id)
+            for at, pair in zip(fits, chosen, strict=True):
+                choices[at] = pair
+        self.spend({"prompt_tokens": sum(len(encoded[at][0]) for at in fits)})
+        return choices
+
+    def _ids(self, conversation: list[Message]) -> list[int]:
+        try:
+            return chat.prompt_ids(self.tokenizer, conversation)
+        except chat.Unrenderable as error:
+            raise AlignError(f"model.path: {self.tokenizer.name_or_path}: {error}; set chat_template") from None
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class EndpointGenerator:
+    """A model behind an OpenAI-compatible API."""
+
+    def __init__(self, source: GeneratorSource, key: str, settings: Sampling, spend: Spend):
+        self.endpoint, self.settings = Endpoint(source, key, spend), settings
+        self.workers = max(source.concurrency // distributed.world_size(), 1)
+        self.log_probabilities = True
+
+    def units(self, conversations: Sequence[list[Message]], orders: int = 1) -> list[list[int]]:
+        """Each by itself, so that none that is paid for is lost."""
+        return [[at] for at in range(len(conversations))]
+
+    def reply(self, conversations: Sequence[list[Message]], seeds: Sequence[int], limit: int) -> list[Reply]:
+        """As LocalGenerator.reply."""
+        settings = {"temperature": self.settings.temperature, "top_p": self.settings.top_p, "max_tokens": limit}
+        replies = []
+        for conversation, seed in zip(conversations, seeds, strict=True):
+            reply = self.endpoint.complete(conversation, seed=seed >> 1, **settings)
+            text = (reply["message"].get("content") or "").strip()
+            replies.append(Reply(text, "cut" if reply.get("finish_reason") == "length" else ""))
+        return replies
+
+    def choose(self, questions: Sequence[str], reasoned: Sequence[str | None]) -> list[LogProbs | None]:
+        """As LocalGenerator.choose. A server that gives no log-probabilities is taken by its word: 0 and -∞."""
+        return [self._choice(question, reason) for question, reason in zip(questions, reasoned, strict=True)]
+
+    def _choice(self, question: str, reason: str | None) -> LogProbs | None:
+        if reason is None:
+            turns = [{"role": "user", "content": f"{question}\n\n{choice.LETTER_ONLY}"}]
+        else:
+            turns = [{"role": "user", "content": f"{question}\n\n{choice.REASON}"}]
+            turns += [
+                {"role": "assistant", "content": reason},
+                {"role": "user", "content": f"Which is it? {choice.LETTER_ONLY}"},
+            ]
+        settings: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
+        if self.log_probabilities:
+            try:
+                reply = self.endpoint.complete(turns, logprobs=True, top_logprobs=20, **settings)
+            except AlignError as error:
+                if "answered 400" not in str(error) and "answered 422" not in str(error):
+                    raise
+                self.log_probabilities = False
+        if not self.log_probabilities:
+            reply = self.endpoint.complete(turns, **settings)
+        tokens = (reply.get("logprobs") or {}).get("content") or []
+        if tokens and (log_probs := choice.read_log_probabilities(tokens)):
+            return log_probs
+        letter = choice.read_choice(reply["message"].get("content") or "")
+        return None if letter is None else (0.0, -1e4) if letter == "A" else (-1e4, 0.0)
+
+
+def check_endpoints(sources: Sequence[tuple[str, GeneratorSource]]) -> None:
+    """Raise AlignError on every rank if an endpoint cannot be reached or refuses its key, before any weights are read.
+    `sources` come with the recipe keys that name them."""
+    lines: list[str] = []
+    for key, source in sources if distributed.rank() == 0 else ():
+        if source.endpoint:
+            try:
+                Endpoint(source, key).probe()
+            except AlignError as error:
+                lines += error.lines
+    raise_all(AlignError, distributed.broadcast(lines))
+
+
+def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase, dtype: str, path: str) -> PreTrainedModel | PeftModel:
+    """The model at a path, or the one that an adapter there stands for."""
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.is_file():
+        return load.policy(model, tokenizer, dtype=dtype, path=path)
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    return PeftModel.from_pretrained(load.policy(model, tokenizer, dtype=dtype, path=base), path)

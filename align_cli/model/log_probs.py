@@ -1,0 +1,59 @@
+"""A causal language model that gives the log-probabilities of chosen tokens, and computes no others.
+
+Its head runs over the hidden states of those tokens alone, in tiles that keep no logits (TRL's fused head).
+
+Shapes: n rows, t tokens of a row, m tokens whose log-probabilities are computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from align_cli.model.reward_head import masked
+
+
+def scoring(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose forward with `positions` (n, t) gives the (m,) float32 log-probabilities of the tokens
+    after those positions, row by row. Without `positions` it is transformers' own forward."""
+    add_fused_lm_head(model)
+    fused = model.forward
+
+    # the original signature: `generate` checks what it is given against it
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, positions: Tensor | None = None, **inputs: Any) -> Any:
+        if positions is None:
+            return fused(*args, **inputs)
+        given = {key: inputs[key] for key in ("attention_mask", "position_ids") if inputs.get(key) is not None}
+        ids = inputs["input_ids"]
+        targets = ids.roll(-1, 1)[positions].unsqueeze(0)
+
+        def pick(trunk: Any, args: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[positions].unsqueeze(0)
+            return output
+
+        hook = self.base_model.register_forward_hook(pick)
+        try:
+            output = fused(input_ids=ids, **masked(self, given), shift_labels=targets, fused_lm_head=True)
+        finally:
+            hook.remove()
+        return output.log_probs[0].float()
+
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+def of_responses(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(n,) summed float32 log-probabilities of the response tokens, and (n,) summed entropies where the model's fused
+    head gives them. All inputs are (n, t); the model has TRL's fused head (`add_fused_lm_head`)."""
+    labels = input_ids.masked_fill(response_mask == 0, -100)
+    made = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+    entropy = made.entropy.float().sum(1) if getattr(made, "entropy", None) is not None else None
+    return made.log_probs.float().sum(1), entropy

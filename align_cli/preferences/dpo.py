@@ -1,0 +1,137 @@
+"""DPO on TRL's trainer, fed with pairs that are tokens already; the rounds of DPO and SPIN train through it, too.
+
+Departures from TRL's DPOTrainer: rows are not tokenized, truncated or dropped again; the reference's
+log-probabilities are kept under a key of model, data and settings that later runs share; cDPO is back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+from trl.models import prepare_deepspeed
+
+from align_cli.compat.trl_private import PreparedRows
+from align_cli.model import kind, load
+from align_cli.model.lora import peft_config
+from align_cli.recipe.preferences import DpoMethod, DpoRecipe, SpinRecipe
+from align_cli.training.arguments import arguments as training_arguments
+from align_cli.training.job import Job
+
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def arguments(job: Job[DpoRecipe | SpinRecipe], **own: Any) -> DPOConfig:
+    """Training arguments; `own` are further fields. Must be built before any model, or ZeRO-3 does not shard while
+    loading."""
+    precompute = job.recipe.method.precompute_reference
+    return training_arguments(DPOConfig, job, precompute_ref_log_probs=precompute, **own)
+
+
+def losses(method: DpoMethod) -> dict[str, Any]:
+    """The fields of TRL's config that a recipe's mixture of losses sets."""
+    names, smoothing = trl_loss(method.loss, method.label_smoothing)
+    return {
+        "loss_type": names,
+        "loss_weights": method.loss_weights,
+        "beta": method.beta,
+        "label_smoothing": smoothing,
+    }
+
+
+def trainer(
+    job: Job[DpoRecipe | SpinRecipe],
+    tokenizer: PreTrainedTokenizerBase,
+    args: DPOConfig,
+    train: Dataset | IterableDataset,
+    held_out: Dataset | None,
+) -> DpoTrainer:
+    """A trainer of the job's policy against its reference, over `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+    recipe, other = job.recipe, job.reference
+    return DpoTrainer(
+        model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base),
+        ref_model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=other) if other else None,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=peft_config(recipe.lora, load.new_tokens(tokenizer)),
+        reference_key=f"{kind.fingerprint(other or job.base) or other or job.base} {job.dtype} bf16={args.bf16}",
+        reference_cache=job.cache / "reference",
+    )
+
+
+def trl_loss(losses: list[str], label_smoothing: float) -> tuple[list[str], float]:
+    """TRL's loss types and label smoothing for a recipe's.
+
+    TRL dropped conservative DPO, (1-ε)·[-log σ(x)] + ε·[-log σ(-x)], when its sigmoid loss lost label smoothing. Its
+    `robust` loss, ((1-ε')·[-log σ(x)] - ε'·[-log σ(-x)]) / (1-2ε'), is the same function at ε' = -ε/(1-2ε).
+    """
+    if losses == ["cdpo"]:
+        return ["robust"], -label_smoothing / (1 - 2 * label_smoothing)
+    return losses, label_smoothing
+
+
+class DpoTrainer(PreparedRows, DPOTrainer):
+    """DPOTrainer over `prompt_ids`, `chosen_ids`, `rejected_ids`; reference log-probabilities from a shared cache."""
+
+    def __init__(self, *args: Any, reference_key: str = "", reference_cache: Path | None = None, **kwargs: Any):
+        self.reference_key, self.reference_cache = reference_key, reference_cache
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            super().__init__(*args, **kwargs)
+
+    def with_reference(self, dataset: Dataset | IterableDataset, name: str, batch_size: int) -> Dataset:
+        """The rows with the reference's log-probabilities: from the cache, or computed and put there."""
+        if isinstance(dataset, IterableDataset):
+            return super().with_reference(dataset, name, batch_size)
+        file = self.reference_cache / f"{self._key(dataset)}.safetensors"
+        if file.is_file():
+            columns = load_file(file)
+        else:
+            columns = self._reference_log_probs(dataset, batch_size)
+            if self.accelerator.is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = file.with_suffix(".part")
+                save_file(columns, part)
+                part.replace(file)
+            self.accelerator.wait_for_everyone()
+        for column in COLUMNS:
+            dataset = dataset.add_column(column, columns[column].tolist())
+        return dataset
+
+    def _key(self, dataset: Dataset) -> str:
+        """Names the cache file: reference model, token ids (so data and template) and what enters the sum."""
+        digest = hashlib.sha256(json.dumps([self.reference_key, self.args.ld_alpha]).encode())
+        for row in dataset:
+            digest.update(json.dumps([row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]).encode())
+        return digest.hexdigest()[:32]
+
+    def _reference_log_probs(self, dataset: Dataset, batch_size: int) -> dict[str, torch.Tensor]:
+        """(rows,) summed log-probabilities of chosen and rejected responses under the reference."""
+        loader = self.accelerator.prepare(
+            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
+        )
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            model = self.reference_engine(lambda: prepare_deepspeed(self.model, self.accelerator))
+        else:
+            model = self.ref_model or self.model
+        sums: dict[str, list[torch.Tensor]] = {column: [] for column in COLUMNS}
+        # the policy itself stands in for its own start here, and must not drop anything out while it does
+        training = self.model.training
+        self.model.eval()
+        for batch in loader:
+            pair = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
+            for column, values in zip(COLUMNS, pair, strict=True):
+                sums[column].append(values.float().cpu())
+        self.model.train(training)
+        return {column: torch.cat(values) for column, values in sums.items()}

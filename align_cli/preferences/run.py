@@ -1,0 +1,67 @@
+"""A run of `align orpo` or `align simpo`: one trainer over pairs, and a reference only for losses that compare with
+one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from peft import get_peft_model
+from transformers import TrainingArguments
+from trl.trainer.utils import disable_dropout_in_model
+
+from align_cli.data import chat
+from align_cli.model import load, memory
+from align_cli.model.log_probs import scoring
+from align_cli.model.lora import peft_config
+from align_cli.preferences.losses import Term
+from align_cli.preferences.trainer import PreferenceTrainer, pair_row
+from align_cli.recipe.preferences import PairRecipe
+from align_cli.training.arguments import arguments
+from align_cli.training.datasets import datasets
+from align_cli.training.job import Job, Outcome
+from align_cli.training.loop import run_to_end
+from align_cli.training.placement import frozen, placing
+
+
+def train(job: Job[PairRecipe]) -> Outcome:
+    """Train on pairs with the recipe's mixture of losses, answer the samples before and after, save."""
+    recipe, data, method = job.recipe, job.recipe.data, job.recipe.method
+    tokenizer = load.tokenizer(recipe.model, job.base)
+    args = arguments(
+        TrainingArguments,
+        job,
+        # one batch of the data loader is all that this rank adds to a step; the trainer cuts it by tokens
+        per_device_train_batch_size=job.per_device * job.accumulation,
+        gradient_accumulation_steps=1,
+        remove_unused_columns=False,
+    )
+
+    def tokenized(groups, tally):
+        limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
+        return map(pair_row, chat.dpo_rows(tokenizer, groups, how=method.pairs, **limits, tally=tally))
+
+    train, held_out, counts = datasets(job, "preferences", tokenized)
+    policy = scoring(load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base))
+    # a pair's two log-probabilities must not differ by what was dropped; an adapter's own dropout stays as set
+    disable_dropout_in_model(policy)
+    if recipe.lora:
+        policy = get_peft_model(policy, peft_config(recipe.lora, load.new_tokens(tokenizer)))
+        if args.gradient_checkpointing:
+            # checkpointed blocks whose inputs need no gradient would train nothing
+            policy.enable_input_require_grads()
+    trainer = PreferenceTrainer(
+        model=policy,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        terms=[Term(**asdict(term)) for term in method.terms()],
+        layout=method.layout,
+        batch_tokens=method.batch_tokens or memory.batch_tokens(torch.cuda.is_available()),
+        say=job.say,
+    )
+    if trainer.compares and (job.reference or not recipe.lora):
+        reference = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.reference or job.base)
+        trainer.reference = placing(trainer)(frozen(scoring(reference)))
+    return run_to_end(trainer, tokenizer, job, counts)

@@ -1,0 +1,222 @@
+"""SPIN: iterations of replying to the demonstrations' prompts and learning to tell the human replies from one's own.
+
+arXiv 2401.01335, eq. 4.7. Departs from the authors' code in two ways: human replies are cut where the model's are, at
+generation.max_new_tokens, and neither gets an EOS where it was cut, or length alone would tell them apart for ever; and
+the loop ends by itself when held-out replies can no longer be told apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trl import DPOConfig
+
+from align_cli import distributed
+from align_cli.data import chat
+from align_cli.data.groups import Count, Group, read_groups
+from align_cli.data.split import hashed
+from align_cli.data.turns import Dropped
+from align_cli.errors import DataError
+from align_cli.generation.sampling import row_seed
+from align_cli.preferences import dpo
+from align_cli.preferences.responses import FrozenPolicy, units
+from align_cli.preferences.rounds import Rounds, Sampled
+from align_cli.recipe.preferences import SpinRecipe
+from align_cli.rewards.prompts import leaving_room
+from align_cli.training.job import Job, Outcome, fold_in
+from align_cli.training.journal import Row, RowJournal, Unit, read_rows
+from align_cli.training.placement import release
+
+HELD_OUT = 1 << 20
+"""Row numbers of held-out prompts start here, so that they are drawn by other seeds."""
+
+
+def run(job: Job[SpinRecipe]) -> Outcome:
+    """All iterations. Returns the last one's metrics and the row counts."""
+    return Spin(job).run()
+
+
+@dataclass
+class Demonstration:
+    """A prompt and the human reply to it, as tokens."""
+
+    group: Group
+    prompt: list[int]
+    human: list[int]
+
+
+class Spin(Rounds[SpinRecipe]):
+    """Iterations of replying and telling apart."""
+
+    word = "iteration"
+
+    def __init__(self, job: Job[SpinRecipe]):
+        super().__init__(job)
+        recipe = job.recipe
+        self.numbers = range(recipe.method.iterations)
+        read, tally = read_groups(recipe.data, "demonstrations", recipe.seed), chat.Tally()
+        if read.leaked:
+            job.say(f"{read.leaked} prompts of data.eval are in data.train too: their replies are learnt by heart")
+        train = sorted(read.train, key=lambda group: hashed(recipe.seed, "round", group.prompt))
+        self.train = self._tokenized(train[: recipe.method.prompts or len(train)], tally)
+        self.eval = self._tokenized(read.eval, chat.Tally())
+        for line in fold_in(read.counts, tally, recipe.data.max_dropped):
+            job.say(line)
+        self.counts, self.held_out = read.counts, 0
+        for key, made in (("train", self.train), *([("eval", self.eval)] if read.eval else [])):
+            if not made:
+                raise DataError(
+                    f"data.{key}: no prompt of it leaves room for {recipe.generation.max_new_tokens} new tokens; raise "
+                    "data.max_length or set generation.max_new_tokens lower"
+                )
+
+    def _tokenized(self, groups: list[Group], tally: chat.Tally) -> list[Demonstration]:
+        """The first reply of each conversation, cut where the model's own would be."""
+        demonstrations = []
+        for group in leaving_room(self.job, self.tokenizer, groups, tally):
+            try:
+                _, (human,) = chat.responses(self.tokenizer, replace(group, responses=[group.responses[0][:1]]))
+            except chat.Unrenderable as error:
+                tally.drop(group, str(error))
+                continue
+            limit = self.job.recipe.generation.max_new_tokens
+            prompt = chat.prompt_ids(self.tokenizer, group.prompt, group.tools)
+            demonstrations.append(Demonstration(group, prompt, human[:limit]))
+        return demonstrations
+
+    # -- one iteration
+
+    def settings(self, number: int) -> SpinRecipe:
+        """The recipe with the iteration's β and learning rate."""
+        recipe = self.job.recipe
+        beta, rate = recipe.method.at(number)
+        given = {"learning_rate": rate} if rate is not None else {}
+        return replace(
+            recipe,
+            method=replace(recipe.method, beta=beta, learning_rate=None, iterations=1),
+            trainer=recipe.trainer | given,
+        )
+
+    def arguments(self, part: Job[SpinRecipe]) -> DPOConfig:
+        """Training arguments of an iteration."""
+        # batches of one size, so that the mean of their accuracies is the accuracy
+        even = next(n for n in range(part.per_device, 0, -1) if self.held_out % (n * part.ranks) == 0)
+        return dpo.arguments(part, loss_type=["sigmoid"], beta=part.recipe.method.beta, per_device_eval_batch_size=even)
+
+    def sample(self, part: Job[SpinRecipe], number: int) -> Sampled | None:
+        """The model's own reply to every prompt: pairs.jsonl and, of held-out prompts, held_out.jsonl."""
+        journal, size = RowJournal(part), part.recipe.generation.batch
+        replies = Replies(self, part, number)
+        with journal.listening():
+            own = journal.fill(
+                "pairs",
+                units(len(self.train), size),
+                replies.maker(self.train, 0),
+                together=True,
+                label=f"iteration {number}",
+            )
+            watched = (
+                journal.fill(
+                    "held_out",
+                    units(len(self.eval), size),
+                    replies.maker(self.eval, HELD_OUT),
+                    together=True,
+                    label=f"iteration {number}, held out",
+                )
+                if self.eval
+                else []
+            )
+        replies.release()
+        file = journal.file("pairs")
+        count = Count(str(file), rows_read=len(self.train), rows_used=len(self.train))
+        rows = self._rows(self.train, own, count)
+        if number and part.recipe.method.mix_previous:
+            previous = self.folder(number - 1) / file.name
+            before = distributed.broadcast(read_rows(previous) if part.main else None)
+            rows += self._rows(self.train, before, Count(""))
+        held_out = self._rows(self.eval, watched, Count(""))
+        held_out = held_out[: len(held_out) // part.ranks * part.ranks]
+        self.held_out = len(held_out)
+        if not rows and not number:
+            raise DataError(f"{file}: the model repeats every human reply; there is nothing to learn")
+        if not rows:
+            self.reason = {"stopped_when_alike": f"iteration {number}: the model repeats every human reply"}
+            part.say(f"iteration {number}: the model repeats every human reply, and SPIN ends here")
+            return None
+        lengths = [len(row["rejected_ids"]) for row in own]
+        figures = {
+            "pairs": len(rows),
+            "held_out": len(held_out),
+            "response_length": sum(lengths) / len(lengths),
+            "human_length": sum(len(one.human) for one in self.train) / len(self.train),
+            "eos_rate": sum(row["ended"] for row in own) / len(lengths),
+        }
+        part.say(
+            f"iteration {number}: {len(rows)} pairs; replies of {figures['response_length']:.1f} tokens, human ones of "
+            f"{figures['human_length']:.1f}; {figures['eos_rate']:.0%} end"
+        )
+        return Sampled(rows, figures, count, held_out)
+
+    def _rows(
+        self, demonstrations: list[Demonstration], replies: list[Row], count: Count
+    ) -> list[dict[str, list[int]]]:
+        """Pairs of the human reply and the model's own, where they differ."""
+        rows = []
+        for one, row in zip(demonstrations, replies, strict=True):
+            if row["rejected_ids"] == one.human:
+                count.lose(one.group.place, Dropped("the model's reply is the human one", row["rejected"]))
+                continue
+            rows.append({"prompt_ids": one.prompt, "chosen_ids": one.human, "rejected_ids": row["rejected_ids"]})
+        return rows
+
+    def after(self, number: int, made: dict[str, Any]) -> bool:
+        """Whether the trained model still tells held-out human replies from those of the iteration's start."""
+        if not self.job.recipe.method.stop_when_alike or not made["sampled"]["held_out"]:
+            return True
+        accuracy, error = made["metrics"]["eval_rewards/accuracies"], 0.5 / math.sqrt(made["sampled"]["held_out"])
+        figure = f"accuracy {accuracy:.3f} in telling held-out human replies from its own, chance 0.5 ± {error:.3f}"
+        if accuracy > 0.5 + error:
+            self.job.say(f"iteration {number}: {figure}")
+            return True
+        self.reason = {"stopped_when_alike": f"iteration {number}: {figure}"}
+        self.job.say(f"iteration {number}: {figure}: they can no longer be told apart, and SPIN ends here")
+        return False
+
+
+class Replies:
+    """The model's own replies. It is loaded when the first row is made."""
+
+    def __init__(self, rounds: Spin, part: Job[SpinRecipe], number: int):
+        self.rounds, self.part, self.number = rounds, part, number
+        self.policy: FrozenPolicy | None = None
+
+    def maker(self, demonstrations: list[Demonstration], first: int) -> Callable[[Unit], list[Row]]:
+        """A function from indices into the demonstrations to their rows; `first` begins their seeds."""
+
+        def make(unit: Unit) -> list[Row]:
+            if self.policy is None:
+                self.policy = FrozenPolicy(self.part, self.rounds.tokenizer, self.rounds.arguments(self.part))
+            policy, seed = self.policy, self.part.recipe.seed
+            seeds = [row_seed(seed, self.number, first + at) for at in unit]
+            replies = policy.respond([demonstrations[at].prompt for at in unit], seeds)
+            return [
+                {
+                    "row": at,
+                    "prompt": demonstrations[at].group.prompt,
+                    "chosen": policy.text(demonstrations[at].human),
+                    "rejected": policy.text(ids),
+                    "ended": policy.ended(ids),
+                    "rejected_ids": ids,
+                }
+                for at, ids in zip(unit, replies, strict=True)
+            ]
+
+        return make
+
+    def release(self) -> None:
+        """Free the model."""
+        self.policy = None
+        release()

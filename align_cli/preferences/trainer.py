@@ -1,0 +1,145 @@
+"""Training on pairs with any mixture of preference losses: one forward pass a pair, and a reference only where one is
+compared with.
+
+Departs from TRL's DPO, CPO and ORPO trainers: the prompt goes through the model once for both responses where masks
+allow it, a step is cut by tokens, and logits are computed for response tokens alone.
+
+Shapes: b pairs, m response tokens of a micro-batch. The first of two responses is the chosen one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cli.compat.trl_private import set_trained_tokens, trained_tokens
+from align_cli.preferences.losses import Side, Term, needs_reference, preference_loss
+from align_cli.training.layout import Packed, Row
+from align_cli.training.steps import StepTrainer
+
+
+def pair_row(row: dict[str, list[int]]) -> Row:
+    """A group for the layouts from `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    The prompt's last token goes with each response, since what it predicts is that response's first token.
+    """
+    shared, last = row["prompt_ids"][:-1], row["prompt_ids"][-1:]
+    return {"prompt_ids": shared, "responses": [last + row["chosen_ids"], last + row["rejected_ids"]]}
+
+
+class PreferenceTrainer(StepTrainer):
+    """Trains a model that gives log-probabilities (`model.log_probs.scoring`) on pairs. `reference` is a prepared
+    frozen model of the same kind, set once the trainer is built; without one the policy with its adapters off is
+    taken."""
+
+    def __init__(self, *args: Any, terms: list[Term], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.terms = [term for term in terms if term.weight]
+        self.compares = needs_reference(self.terms)
+        self.reference: Any = None
+        self._sums: Counter[str] = Counter()
+
+    # -- log-probabilities
+
+    def probe(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+        """(m,) log-probabilities of the responses' tokens."""
+        return self._tokens(model, packed, rows)
+
+    def _tokens(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+        inputs = {key: value for key, value in packed.inputs.items() if key != "ends"}
+        return model(**inputs, positions=packed.predicting(rows))
+
+    def log_probs(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+        """(b, 2) summed log-probabilities of the responses."""
+        lengths = self.lengths(rows)
+        owner = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths.flatten())
+        tokens = self._tokens(model, packed, rows)
+        return tokens.new_zeros(lengths.numel()).index_add(0, owner, tokens).view(lengths.shape)
+
+    def lengths(self, rows: list[Row]) -> Tensor:
+        """(b, 2) tokens of the responses."""
+        counts = [[len(response) - 1 for response in row["responses"]] for row in rows]
+        return torch.tensor(counts, device=self.args.device)
+
+    def _reference_log_probs(self, packed: Packed, rows: list[Row]) -> Tensor:
+        with torch.no_grad():
+            if self.reference is not None:
+                return self.log_probs(self.reference, packed, rows)
+            policy = self.accelerator.unwrap_model(self.model)
+            if not hasattr(policy, "disable_adapter"):
+                raise ValueError("a loss compares with a reference, and the trainer was given none")
+            with policy.disable_adapter():
+                return self.log_probs(self.model, packed, rows)
+
+    def sides(self, model: Any, rows: list[Row]) -> tuple[Side, Side, int]:
+        """The chosen and the rejected responses of these pairs, and the tokens that went through the model."""
+        packed, lengths = self.packed(model, rows), self.lengths(rows)
+        # before the policy's own pass, whose checkpointed blocks must find their adapters on
+        reference = self._reference_log_probs(packed, rows) if self.compares else None
+        sums = self.log_probs(model, packed, rows)
+        chosen, rejected = (
+            Side(sums[:, at], lengths[:, at], None if reference is None else reference[:, at]) for at in (0, 1)
+        )
+        return chosen, rejected, packed.tokens
+
+    # -- training
+
+    def losses(self, model: Any, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b,) losses of the mixture, and its figures."""
+        chosen, rejected, tokens = self.sides(model, rows)
+        with torch.autocast(chosen.sums.device.type, enabled=False):
+            total, margin, each = preference_loss(self.terms, chosen, rejected)
+        return total, figures(chosen, rejected, margin, each) | {"tokens": torch.tensor(float(tokens))}
+
+    def note(self, figures: dict[str, Tensor], rows: list[Row]) -> None:
+        """Adds up the figures of a micro-batch."""
+        self._sums.update({name: float(values.detach().sum()) for name, values in figures.items()})
+        self._sums["pairs"] += len(rows)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the figures of the training pairs since the last log."""
+        if "loss" in logs and "train_runtime" not in logs and self._sums:
+            names = sorted(self._sums)
+            sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64)
+            total = dict(zip(names, self.accelerator.reduce(sums.to(self.args.device), "sum").tolist(), strict=True))
+            pairs = total.pop("pairs")
+            set_trained_tokens(self, trained_tokens(self) + int(total.pop("tokens")))
+            logs |= {name: value / pairs for name, value in total.items()}
+            self._sums.clear()
+        super().log(logs, *args, **kwargs)
+
+    # -- held-out pairs
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Loss, accuracy by the method's own margin and log-probabilities of held-out pairs, beside how often
+        the longer response is the chosen one."""
+        rows = list(eval_dataset if eval_dataset is not None else self.eval_dataset)
+
+        def measure(model: Any, picked: list[Row]) -> list[dict[str, float]]:
+            total, figures = self.losses(model, picked)
+            figures = {"loss": total} | {name: values for name, values in figures.items() if name != "tokens"}
+            columns = torch.stack([values.float() for values in figures.values()], 1).cpu().tolist()
+            return [dict(zip(figures, column, strict=True)) for column in columns]
+
+        each = self.measured(rows, measure)
+        means = {name: sum(pair[name] for pair in each) / len(each) for name in each[0]}
+        longer = [len(row["responses"][0]) - len(row["responses"][1]) for row in rows]
+        means["longer_wins"] = sum(0.5 if not more else float(more > 0) for more in longer) / len(longer)
+        return self.report(means, metric_key_prefix)
+
+
+def figures(chosen: Side, rejected: Side, margin: Tensor, each: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(b,) what is logged of every pair, by name: `logps/…` are means a token."""
+    columns = {
+        "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
+        "rewards/margins": margin,
+        "logps/chosen": chosen.mean,
+        "logps/rejected": rejected.mean,
+        "logps/margins": chosen.mean - rejected.mean,
+    }
+    if len(each) > 1:
+        columns |= {f"loss/{name}": values for name, values in each.items()}
+    return columns

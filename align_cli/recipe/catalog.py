@@ -1,0 +1,36 @@
+"""The recipes that can be found: listed, printed, copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from align_cli.errors import AlignError, RecipeError, did_you_mean
+from align_cli.recipe import places
+
+
+def listed() -> list[str]:
+    """A line a recipe: its name, and the line that runs it."""
+    files = places.listing().items()
+    return [f"{key:<28} {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}" for key, file in files]
+
+
+def find(name: str) -> Path:
+    """The file of STAGE/NAME. Raises RecipeError."""
+    known = places.listing()
+    key = name.removesuffix(".yaml")
+    if key not in known:
+        raise RecipeError(f"{name}: no such recipe{did_you_mean(key, list(known)) or '; known: ' + ', '.join(known)}")
+    return known[key]
+
+
+def copy(name: str, destination: str) -> str:
+    """Copy a recipe to a file or into a directory; returns what to run. Raises AlignError if the target exists."""
+    source, target = find(name), Path(destination)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise AlignError(f"{target}: exists already; remove it or name another file")
+    if not target.parent.is_dir():
+        raise AlignError(f"{target}: the directory {target.parent} does not exist; make it first")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return f"{target}: run it with `align {name.split('/')[0]} recipe={target}`"

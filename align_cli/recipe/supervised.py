@@ -1,0 +1,30 @@
+"""The sections of `align sft`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from align_cli.recipe.sections import Recipe, section
+
+
+@section
+class SftMethod:
+    """Supervised fine-tuning: mean -log p over response tokens (InstructGPT, arXiv 2203.02155)."""
+
+    train_on: Literal["all-turns", "last-turn"] = "all-turns"
+    """Which assistant turns of a conversation are trained; everything else is masked."""
+    packing: bool = False
+    """Put several rows into one sequence of max_length; rows do not see each other."""
+
+
+@section
+class SftRecipe(Recipe):
+    """align sft"""
+
+    stage: ClassVar[str] = "sft"
+    method: SftMethod = Field(default_factory=SftMethod)
+
+    def packs(self) -> bool:
+        return self.method.packing

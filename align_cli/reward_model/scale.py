@@ -1,0 +1,75 @@
+"""The scale of a reward model's scores, as its manifest keeps it: mean, standard deviation, and the shift that puts
+demonstrations at 0 on average (InstructGPT, arXiv 2203.02155, appendix C.2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from align_cli.data import chat
+from align_cli.data.groups import read_groups
+from align_cli.model.reward_head import HEAD
+from align_cli.model.zero import gathered
+from align_cli.recipe.reward_model import RmRecipe
+from align_cli.reward_model.trainer import RankingTrainer
+from align_cli.training.job import Job, fold_in
+from align_cli.training.layout import Row
+
+RESPONSES = 512
+"""Responses that mean and standard deviation are taken over."""
+STREAMED = 64
+"""The same where rows are streamed."""
+
+
+def demonstrations(tokenizer: PreTrainedTokenizerBase, job: Job[RmRecipe]) -> list[Row]:
+    """The rows of method.center_on, each with its one response. Raises DataError for a file of which too little can be
+    used, before anything is trained."""
+    data, tally, rows = job.recipe.data, chat.Tally(), []
+    if job.recipe.method.center_on is None:
+        return rows
+    read = read_groups(replace(data, train=[job.recipe.method.center_on], eval=None), "demonstrations", 0)
+    for group in read.train[:RESPONSES]:
+        fit = chat.fitting(tokenizer, replace(group, responses=group.responses[:1]), data.max_length, None, tally)
+        if fit is not None:
+            prompt, (answer, *_) = fit
+            rows.append({"prompt_ids": prompt, "responses": [answer[: data.max_length - len(prompt)]]})
+    for line in fold_in(read.counts, tally, data.max_dropped):
+        job.say(line)
+    return rows
+
+
+def measured(
+    trainer: RankingTrainer, centered_on: list[Row], job: Job[RmRecipe], train: Dataset | IterableDataset
+) -> dict[str, Any]:
+    """Mean and standard deviation of each head's scores, and the shift. A head with a bias takes the shift in; others
+    leave it to whoever scores, in the manifest."""
+    source = job.recipe.method.center_on
+    if source is None:
+        rows, name = list(train.take(STREAMED if job.recipe.data.streaming else RESPONSES)), "data.train"
+    else:
+        rows, name = centered_on, source.path
+    scores = torch.tensor([heads for group in trainer.score_all(rows) for heads in group])
+    mean = scores.mean(0)
+    shift = -mean if source is not None else torch.zeros_like(mean)
+    head = getattr(trainer.accelerator.unwrap_model(trainer.model), HEAD)
+    bias = getattr(head, "bias", None)
+    if bias is not None:
+        with torch.no_grad(), gathered([bias], writing=True):
+            bias += shift.to(bias)
+    shifted = f"; shifted by {shift.mean():+.3f}, so that their mean is 0" if source is not None else ""
+    job.say(
+        f"scores of {len(scores)} responses of {name}: mean {mean.mean():.3f}, standard deviation {scores.std():.3f}"
+        f"{shifted}"
+    )
+    return {
+        "on": name,
+        "responses": len(scores),
+        "mean": [round(value, 6) for value in mean.tolist()],
+        "std": [round(value, 6) for value in scores.std(0).tolist()],
+        "shift": [round(value, 6) for value in shift.tolist()],
+        "shift_in_weights": bias is not None,
+    }

@@ -1,0 +1,120 @@
+"""A recipe's reward sources made into rewards: reward-model runs, checks, Python functions and judges.
+
+To add a kind of reward: a field of `recipe.rewards.RewardSource`, and a branch of `build`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from align_cli import distributed
+from align_cli.data import chat
+from align_cli.data.groups import Group
+from align_cli.errors import UpstreamError
+from align_cli.model import kind, load, precision, reward_head
+from align_cli.recipe.rewards import RewardSource
+from align_cli.recipe.sections import Model
+from align_cli.rewards import checks, function
+from align_cli.rewards.judge import Judge
+from align_cli.rewards.prompts import cell
+from align_cli.rewards.reward import Messages, Reward, Scorer
+from align_cli.training import layout
+from align_cli.training.job import Job
+from align_cli.training.placement import Place
+
+SCORED_TOKENS = 8192
+"""Tokens that go through a reward model at a time."""
+
+AtEnds = Callable[[dict[str, Tensor]], Tensor]
+"""(n, 1, h) scores at the responses' ends of a packed micro-batch."""
+
+
+def build_all(job: Job, place: Place, backbone: Scorer | None = None) -> list[Reward]:
+    """The recipe's rewards. `backbone` scores in place of reward models, where the policy's backbone plays them."""
+    return [build(job, source, key, place, backbone) for key, source in job.recipe.reward_sources()]
+
+
+def build(job: Job, source: RewardSource, key: str, place: Place, backbone: Scorer | None = None) -> Reward:
+    """The reward of one source; `key` is where the recipe names it. Raises AlignError if it cannot score."""
+    settings = {"weight": source.weight, "aggregate": source.aggregate, "k": source.k, "clip": source.clip}
+    if source.verify:
+        return Reward(_checked(source), cell=cell(source.verify.column), **settings)
+    if source.judge:
+        return Reward(Judge(job, source, key), **settings)
+    if source.python:
+        return Reward(function_scorer(source.python), **settings)
+    scale = kind.manifest(source.path).get("reward", {}) if source.normalize else {}
+    return Reward(
+        backbone or run_scorer(job, Model(path=source.path, chat_template=source.chat_template), place),
+        mean=torch.tensor([0.0] if scale.get("shift_in_weights") else scale.get("mean", [0.0])),
+        std=torch.tensor(scale.get("std", [1.0])).clamp(min=1e-6),
+        **settings,
+    )
+
+
+def _checked(source: RewardSource) -> Scorer:
+    """(cells, texts) -> (b, 1) rewards of 1 or 0."""
+    check = checks.verifier(source.verify.kind, source.verify.extract)
+    return lambda wanted, texts: torch.tensor(check(wanted, texts)).unsqueeze(1)
+
+
+def function_scorer(entry: str) -> Scorer:
+    """(prompts, texts) -> (b, 1) scores of a Python function. Raises UpstreamError if it gives anything else."""
+    call = function.load(entry)
+
+    def score(prompts: list[Messages], texts: list[str]) -> Tensor:
+        try:
+            given = torch.as_tensor(call(prompts, texts), dtype=torch.float32).cpu()
+        except Exception as error:  # the function is the user's own, and so is whatever it raises
+            raise UpstreamError(f"{entry}: raised {type(error).__name__}: {error}") from error
+        if given.shape != (len(texts),) or not given.isfinite().all():
+            finding = f"shape {tuple(given.shape)}" if given.shape != (len(texts),) else "numbers that are not finite"
+            raise UpstreamError(f"{entry}: gave {finding} for {len(texts)} responses; return one finite number each")
+        return given.unsqueeze(1)
+
+    return score
+
+
+def run_scorer(job: Job, named: Model, place: Place) -> Scorer:
+    """(prompts, texts) -> (b, h) scores of the named reward model, through its own tokenizer and template."""
+    tokenizer = load.tokenizer(named)
+    model = place(reward_head.load_run(named.path, tokenizer, precision.scorer(torch.cuda.is_available())))
+    return text_scorer(job, tokenizer, lambda inputs: model(**inputs))
+
+
+def text_scorer(job: Job, tokenizer: PreTrainedTokenizerBase, at_ends: AtEnds) -> Scorer:
+    """(prompts, texts) -> (b, h) scores of texts, tokenized and scored in micro-batches by `at_ends`."""
+    max_length = job.recipe.data.max_length
+
+    @torch.no_grad()
+    def score(prompts: list[Messages], texts: list[str]) -> Tensor:
+        rows: list[dict[str, Any]] = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            # an empty response still ends its turn
+            group = Group(prompt, [[{"role": "assistant", "content": text or " "}]])
+            try:
+                ids, (answer,) = chat.responses(tokenizer, group)
+            except chat.Unrenderable as error:
+                raise UpstreamError(f"reward: {tokenizer.name_or_path}: {error}; set its chat_template") from None
+            rows.append({"prompt_ids": ids, "responses": [answer[: max(max_length - len(ids), 1)]]})
+        scores = layout.scored(
+            rows,
+            at_ends,
+            tokenizer.pad_token_id,
+            tokens=SCORED_TOKENS,
+            device=distributed.device(),
+            even=_as_many_on_every_rank,
+        )
+        return torch.cat(scores)
+
+    return score
+
+
+def _as_many_on_every_rank(parts: list[list[int]]) -> list[list[int]]:
+    """Micro-batches, the last one repeated where other ranks have more: each forward pass of ZeRO-3 is collective."""
+    return parts + [parts[-1]] * (distributed.largest(len(parts)) - len(parts))

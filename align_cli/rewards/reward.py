@@ -1,0 +1,52 @@
+"""A reward: scores from one source, normalised, aggregated and weighted.
+
+Shapes: b responses, n scores of an ensemble.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Messages = list[dict[str, str]]
+Scorer = Callable[[list[Any], list[str]], Tensor]
+"""(prompts as messages, or cells; responses as text) -> (b, n) scores, n > 1 for an ensemble."""
+
+
+@dataclass
+class Reward:
+    """One source of reward, with its weight and how an ensemble's scores become one."""
+
+    score: Scorer
+    weight: float = 1.0
+    aggregate: str = "mean"
+    """mean, worst, or mean - k·std as `minus-std`."""
+    k: float = 1.0
+    mean: Tensor | float = 0.0
+    std: Tensor | float = 1.0
+    """(n,) what each score is normalised with: (score - mean) / std."""
+    clip: float | None = None
+    cell: str | None = None
+    """Column of the rows that the score is of, in place of the prompt: what a response is compared with."""
+
+    def __call__(
+        self, prompts: list[Any], texts: list[str], rows: list[dict[str, Any]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(b,) weighted scores, and (b,) spread of the ensemble (0 without one)."""
+        compared = [json.loads(row[self.cell]) for row in rows] if self.cell else prompts
+        each = self.score(compared, texts).float().cpu()
+        each = (each - self.mean) / self.std
+        spread = each.std(1) if each.shape[1] > 1 else torch.zeros(len(each), device=each.device)
+        one = each.mean(1)
+        if self.aggregate == "worst":
+            one = each.min(1).values
+        elif self.aggregate == "minus-std":
+            one = one - self.k * spread
+        if self.clip is not None:
+            one = one.clamp(-self.clip, self.clip)
+        return self.weight * one, spread

@@ -1,0 +1,64 @@
+"""An exponential moving average of the policy's weights, which is what a run leaves in their place.
+
+InstructGPT keeps one with a decay of 0.992 an update (arXiv 2203.02155, appendix C.4). Under ZeRO-3 each rank averages
+its own part of every weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+class WeightAverage(TrainerCallback):
+    """Follows the trainer's `policy_parameters()`, from one update to the next and from checkpoint to checkpoint."""
+
+    def __init__(self, decay: float, trainer: Any):
+        self.decay, self.trainer = decay, trainer
+        self.averages: dict[str, Tensor] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        parameters = self.trainer.policy_parameters()
+        self.averages = {name: _part(parameter).float().clone() for name, parameter in parameters.items()}
+        file = self._file(args, state, parameters)
+        if state.global_step and file.is_file():
+            self.averages = {name: tensor.to(self.averages[name].device) for name, tensor in load_file(file).items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for name, parameter in self.trainer.policy_parameters().items():
+            self.averages[name].lerp_(_part(parameter).float(), 1 - self.decay)
+
+    def on_save(self, args, state, control, **kwargs):
+        parameters = self.trainer.policy_parameters()
+        sharded = _sharded(parameters)
+        if sharded or state.is_world_process_zero:
+            save_file(self.averages, self._file(args, state, parameters))
+        if sharded:
+            # rank 0 marks the checkpoint as whole next
+            torch.distributed.barrier()
+
+    def put_in_place(self) -> None:
+        """Give the policy its average."""
+        for name, parameter in self.trainer.policy_parameters().items():
+            if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
+                # small weights are kept whole on every rank, and would be saved as they were
+                parameter.partition(param_list=[parameter], has_been_updated=False)
+            _part(parameter).copy_(self.averages[name])
+
+    def _file(self, args: Any, state: Any, parameters: dict[str, Any]) -> Path:
+        rank = args.process_index if _sharded(parameters) else 0
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"average-{rank}.safetensors"
+
+
+def _part(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter: under ZeRO-3 its shard."""
+    return (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach()
+
+
+def _sharded(parameters: dict[str, Any]) -> bool:
+    return any(hasattr(parameter, "ds_tensor") for parameter in parameters.values())

@@ -1,0 +1,20 @@
+"""GRPO on TRL's trainer, with our rollouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from trl import GRPOTrainer
+
+from align_cli.rl.rollouts import GroupRollouts
+
+
+class GrpoTrainer(GroupRollouts, GRPOTrainer):
+    """GRPOTrainer over K samples a prompt, which lie side by side."""
+
+    def policy_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss, with our figures of the KL."""
+        loss = super().policy_loss(model, inputs)
+        self.note_kl()
+        return loss

@@ -1,0 +1,107 @@
+"""The value function of PPO: what it starts from, as a model of its own or as an adapter of one backbone, and its save.
+
+Shapes: b rows, t tokens, h heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from align_cli import distributed
+from align_cli.model import load, reward_head
+from align_cli.model.lora import peft_config
+from align_cli.model.zero import gathered
+from align_cli.recipe.rewards import RewardSource
+from align_cli.recipe.rl import PpoRecipe
+from align_cli.recipe.sections import Model
+from align_cli.rewards.build import text_scorer
+from align_cli.rewards.reward import Scorer
+from align_cli.rl.backbone import POLICY, REWARD, VALUE, SharedBackbone
+from align_cli.rl.ppo import Critic, PPOConfig, PPOTrainer, SharedCritic
+from align_cli.training.checkpoints import finish
+from align_cli.training.job import Job
+
+
+def start(recipe: PpoRecipe) -> str | None:
+    """The run whose weights the value function starts from; None for the policy's own and a head of zeros."""
+    reward = _reward_model(recipe)
+    return recipe.value.path if recipe.value else reward and reward.path
+
+
+def _reward_model(recipe: PpoRecipe) -> RewardSource | None:
+    """The first reward that is a model; None where rewards are functions."""
+    return next((source for source in recipe.reward if source.path is not None), None)
+
+
+def model(job: Job[PpoRecipe], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The value function as the reward model it starts from, whose tokenizer must be the policy's; or as the policy
+    with a head of zeros."""
+    path = start(job.recipe)
+    if path is not None:
+        return reward_head.load_run(path, tokenizer, job.dtype).train()
+    made = reward_head.from_policy(job.recipe.model, tokenizer, dtype=job.dtype, seeds=[0], path=job.base)
+    with gathered([made.score.weight], writing=True):
+        made.score.weight.data.zero_()
+    return made.to(distributed.device()).train()
+
+
+def backbone(job: Job[PpoRecipe], base: PreTrainedModel, args: PPOConfig, new_tokens: list[str]) -> SharedBackbone:
+    """Policy, reference, value function and reward model as adapters of one frozen model."""
+    recipe, reward = job.recipe, _reward_model(job.recipe)
+    adapter = peft_config(recipe.lora, new_tokens)
+    made = SharedBackbone(base, adapter, reward=reward and reward.path, value=start(recipe))
+    if args.gradient_checkpointing:
+        made.model.enable_input_require_grads()
+    return made
+
+
+def backbone_scorer(job: Job[PpoRecipe], backbone: SharedBackbone) -> Scorer | None:
+    """Scores of the reward adapter at the responses' ends, or None where rewards are functions."""
+    source = _reward_model(job.recipe)
+    if source is None:
+        return None
+    tokenizer = load.tokenizer(Model(path=source.path, chat_template=source.chat_template))
+
+    def at_ends(inputs: dict[str, Tensor]) -> Tensor:
+        with backbone.role(REWARD):
+            scores = backbone.scores(REWARD, inputs["input_ids"], inputs["attention_mask"])
+        return scores.gather(1, inputs["ends"].unsqueeze(2).expand(-1, -1, scores.shape[2]))
+
+    return text_scorer(job, tokenizer, at_ends)
+
+
+def save(trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase, job: Job[PpoRecipe]) -> None:
+    """The policy at the run's root, the value function in `value/`."""
+    critic = trainer.critic
+    if isinstance(critic, SharedCritic):
+        _save_adapters(trainer, critic.backbone, tokenizer, job)
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    prefix = f"{Critic.PART}."
+    if job.main:
+        weights = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        critic.value_model.save_pretrained(job.run.path / "value", state_dict=weights)
+        tokenizer.save_pretrained(job.run.path / "value")
+    own = {key: tensor for key, tensor in (state or {}).items() if not key.startswith(prefix)}
+    delattr(policy, Critic.PART)
+    finish(trainer, tokenizer, job, state_dict=own)
+
+
+def _save_adapters(
+    trainer: PPOTrainer, backbone: SharedBackbone, tokenizer: PreTrainedTokenizerBase, job: Job[PpoRecipe]
+) -> None:
+    head, own = backbone.model.get_submodule(f"{VALUE}_head"), {}
+    with gathered([*backbone.trained, *head.parameters()]), torch.no_grad():
+        if job.main:
+            backbone.save_value(job.run.path / "value", job.base)
+            tokenizer.save_pretrained(job.run.path / "value")
+            own = {
+                name: tensor.detach().cpu().clone()
+                for name, tensor in backbone.model.named_parameters()
+                if f".{POLICY}." in name
+            }
+    backbone.policy_only()
+    finish(trainer, tokenizer, job, state_dict=own)

@@ -1,0 +1,70 @@
+"""Training arguments of every stage: our defaults, the recipe's `trainer:`, and what other keys stand for."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, TypeVar
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from align_cli.model import zero
+from align_cli.model.zero import deepspeed_config
+from align_cli.training.job import Job
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
+    """The stage's training arguments: our defaults, then the recipe's `trainer:`, then what other keys stand for.
+
+    Must be built before any model, or ZeRO-3 does not shard while loading.
+    """
+    recipe, cuda = job.recipe, torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        # TRL's own default is bf16 on a machine that cannot do it, and float32 is what the recipe's dtype promises
+        "bf16": cuda and torch.cuda.is_bf16_supported() and not recipe.trainer.get("fp16", False),
+        "gradient_checkpointing": cuda,
+        "logging_steps": 1 if not cuda else 10,
+        "logging_first_step": True,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 0.2,
+        "save_total_limit": 2,
+        "eval_strategy": "no",
+        "lr_scheduler_type": "cosine",
+        "per_device_eval_batch_size": job.per_device,
+        "dataloader_pin_memory": cuda,
+        "include_num_input_tokens_seen": "no",
+    }
+    fixed: dict[str, Any] = {
+        "output_dir": str(job.run.checkpoints),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        **({"max_length": recipe.data.max_length} if "max_length" in cls.__dataclass_fields__ else {}),
+        "per_device_train_batch_size": job.per_device,
+        "gradient_accumulation_steps": job.accumulation,
+        "use_cpu": not cuda,
+        "deepspeed": deepspeed_config(recipe.zero),
+        "remove_unused_columns": True,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "run_name": f"{recipe.name}-{job.run.path.name}",
+        **own,
+    }
+    given = dict(recipe.trainer)
+    if given.get("save_total_limit") == 1:
+        # the older checkpoint goes before the newer one is marked whole, and a kill between would leave none
+        given["save_total_limit"] = 2
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed announces the operators it builds
+        args = cls(**{**defaults, **given, **fixed})
+        if args.deepspeed:
+            import deepspeed
+
+            zero.build_operators()
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            zero.unlink_buffers()
+    # adapters that are drawn before a trainer exists must be the same on every rank and every time
+    set_seed(recipe.seed)
+    return args

@@ -1,0 +1,137 @@
+"""Callbacks that every trainer carries: the progress line, metrics.jsonl, checkpoint marks, and stopping in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from align_cli import distributed
+from align_cli.training.stop import StopRequest
+
+DROPPED = ("epoch", "total_flos", "num_tokens", "runtime", "samples_per_second", "steps_per_second")
+"""Log entries that say nothing of the method, with or without eval_ before them."""
+PLAIN_LINES = 20
+"""Lines that a run prints without a terminal to redraw a bar in."""
+
+
+class Metrics(TrainerCallback):
+    """One JSON object a logging step: step, epoch, loss, tokens_per_second, and what the method adds."""
+
+    def __init__(self, file: Path, count_tokens: Callable[[], int]):
+        self.file, self.count_tokens = file, count_tokens
+        self.last: dict[str, Any] = {}
+        self._mark = (time.monotonic(), 0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._mark = (time.monotonic(), self.count_tokens())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "train_runtime" in logs:
+            return
+        row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        row |= {key: value for key, value in logs.items() if key.removeprefix("eval_") not in DROPPED}
+        if "loss" in logs:
+            moment, tokens = time.monotonic(), self.count_tokens()
+            row["tokens_per_second"] = round((tokens - self._mark[1]) / max(moment - self._mark[0], 1e-9), 1)
+            self._mark = (moment, tokens)
+        row = {key: value for key, value in row.items() if isinstance(value, (int, float, str))}
+        self.last |= row
+        if state.is_world_process_zero:
+            # NaN is not valid JSON; a reader should see null, not fail
+            row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
+class ProgressLine(TrainerCallback):
+    """A bar with step, loss, tokens/s and time left, redrawn in place; a plain line a log where nobody watches."""
+
+    def __init__(self, label: str, metrics: Metrics, console: Console):
+        self.label, self.metrics, self.console = label, metrics, console
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.due = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step, shown="")
+        self.bar.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        names = ("loss", "eval_loss", "rewards/accuracies", "eval_rewards/accuracies", "rewards/margins")
+        shown = [f"{key.replace('rewards/', '')} {logs[key]:.4f}" for key in names if key in logs]
+        if "loss" in logs:
+            shown.append(f"{self.metrics.last.get('tokens_per_second', 0):.0f} tokens/s")
+        if self.bar is not None:
+            self.bar.update(self.task, shown=" · ".join(shown))
+        elif "eval_loss" in logs or state.global_step >= self.due or state.global_step == state.max_steps:
+            self.due = state.global_step + state.max_steps / PLAIN_LINES
+            line = f"{self.label} step {state.global_step}/{state.max_steps} · {' · '.join(shown)}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class CheckpointMarks(TrainerCallback):
+    """Marks a checkpoint as whole once every rank has written its part."""
+
+    def __init__(self, marker: str):
+        self.marker = marker
+
+    def on_save(self, args, state, control, **kwargs):
+        distributed.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.marker).touch()
+
+
+class OrderlyStop(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once any rank was signalled."""
+
+    def __init__(self):
+        self.request = StopRequest()
+        self._listening = contextlib.ExitStack()
+
+    @property
+    def received(self) -> int | None:
+        """The signal that ended training."""
+        return self.request.received
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._listening.enter_context(self.request.listening())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.request.on_any_rank() is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._listening.close()

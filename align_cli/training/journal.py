@@ -1,0 +1,236 @@
+"""A journal of rows: each is on disk as soon as it is made, so a kill loses only those in flight.
+
+A phase is cut into units that are the same on any number of ranks and after any kill, so that a row is always made
+beside the same others: batches round differently, and one token that differs would change all that follows. Each rank
+appends its units to a file of its own; when all are there, rank 0 writes the phase's file in the order of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from align_cli import distributed
+from align_cli.errors import AlignError
+from align_cli.run.directory import write_atomically
+from align_cli.training.job import Job
+from align_cli.training.stop import Stopped, StopRequest
+
+Row = dict[str, Any]
+Unit = Sequence[int]
+"""Numbers of rows that are made together."""
+Make = Callable[[Unit], list[Row]]
+PROGRESS_LINES = 10
+"""Lines of progress that a phase prints."""
+
+
+class RowJournal:
+    """The row files of one run."""
+
+    def __init__(self, job: Job):
+        self.job, self.folder = job, job.run.path
+        self.stop = StopRequest("these rows")
+        self._lock = threading.Lock()
+
+    def listening(self) -> contextlib.AbstractContextManager[None]:
+        """Within, Ctrl-C and SIGTERM end the run after the unit in hand; a second signal ends it at once."""
+        return self.stop.listening()
+
+    # -- finished phases
+
+    def file(self, name: str) -> Path:
+        """Where a finished phase's rows are."""
+        return self.folder / f"{name}.jsonl"
+
+    def read(self, name: str) -> list[Row] | None:
+        """The rows of a finished phase, on every rank; None if it is not finished."""
+        return distributed.broadcast(
+            read_rows(self.file(name)) if self.job.main and self.file(name).is_file() else None
+        )
+
+    def write(self, name: str, rows: Sequence[Row]) -> list[Row]:
+        """Write a phase's file, whole or not at all. Returns the rows."""
+        if self.job.main:
+            write_atomically(self.file(name), "".join(_line(row) for row in rows))
+        distributed.barrier()
+        return list(rows)
+
+    def remove(self, *names: str) -> None:
+        """Remove the files of intermediate phases."""
+        if self.job.main:
+            for name in names:
+                self.file(name).unlink(missing_ok=True)
+
+    # -- phases that are being made
+
+    def fill(
+        self,
+        name: str,
+        units: Sequence[Unit],
+        make: Make,
+        *,
+        workers: int = 1,
+        together: bool = False,
+        label: str | None = None,
+    ) -> list[Row]:
+        """The rows of a phase, each with its number under `row`: those kept before, and those that `make` returns for
+        the missing units.
+
+        `workers` units are made at a time; with `together`, all ranks make as many, as ZeRO-3 needs, whose forward
+        passes are collective. Raises Stopped on every rank if one received a signal, and AlignError on every rank if
+        one raised it.
+        """
+        total = sum(map(len, units))
+        if (done := self.read(name)) is not None and len(done) >= total:
+            return done
+        label = label or name.lstrip(".")
+        kept = self._kept(name, units)
+        missing = [unit for unit in units if not all(row in kept for row in unit)]
+        if kept and missing:
+            self.job.say(f"{label}: {len(kept)} of {total} rows are kept from before")
+        mine, errors = missing[self.job.rank :: self.job.ranks], []
+        try:
+            if together:
+                rows = self._made_together(name, mine, missing, make, total, label)
+            else:
+                results = _results(mine, make, workers, lambda: self.stop.received is not None)
+                rows = self._recorded(name, mine, results, total, label)
+            for row in rows:
+                kept[row["row"]] = row
+        except AlignError as error:
+            errors = list(error.lines)
+        reports = distributed.gather((errors, self.stop.received, kept))
+        if lines := [line for theirs, _, _ in reports for line in theirs]:
+            raise AlignError(*dict.fromkeys(lines))
+        every = {number: row for _, _, theirs in reports for number, row in theirs.items()}
+        signal = next((number for _, number, _ in reports if number), None)
+        if signal and len(every) < total:
+            raise Stopped(signal)
+        ordered = self.write(name, [every[number] for number in sorted(every)])
+        for part in self._parts(name):
+            part.unlink(missing_ok=True)
+        if signal:
+            raise Stopped(signal)
+        return ordered
+
+    def _made_together(
+        self, name: str, mine: Sequence[Unit], missing: Sequence[Unit], make: Make, total: int, label: str
+    ) -> Iterator[Row]:
+        """Rows of this rank's units; a rank that has fewer than others repeats one and throws its rows away."""
+
+        def results() -> Iterator[list[Row]]:
+            for number in range(-(-len(missing) // self.job.ranks)):
+                if self.stop.on_any_rank() is not None:
+                    return
+                rows = make(mine[number] if number < len(mine) else missing[0])
+                if number < len(mine):
+                    yield rows
+
+        yield from self._recorded(name, mine, results(), total, label)
+
+    def _recorded(
+        self, name: str, units: Sequence[Unit], results: Iterator[list[Row]], total: int, label: str
+    ) -> Iterator[Row]:
+        """The rows of this rank's units, each unit on disk before its rows are passed on."""
+        made, due, started = 0, 0.0, time.monotonic()
+        own = sum(map(len, units))
+        with self._part(name).open("a", encoding="utf-8") as stream:
+            for rows in results:
+                stream.write("".join(map(_line, rows)))
+                stream.flush()
+                os.fsync(stream.fileno())
+                made += len(rows)
+                yield from rows
+                if made >= due or made == own:
+                    due = made + own / PROGRESS_LINES
+                    pace = made / max(time.monotonic() - started, 1e-9)
+                    self.job.say(f"{label} {total - own + made}/{total} · {pace * self.job.ranks:.1f} rows/s")
+
+    def _part(self, name: str) -> Path:
+        return self.folder / f".{name.lstrip('.')}.part-{self.job.rank}.jsonl"
+
+    def _parts(self, name: str) -> list[Path]:
+        return sorted(self.folder.glob(f".{name.lstrip('.')}.part-*.jsonl"))
+
+    def _kept(self, name: str, units: Sequence[Unit]) -> dict[int, Row]:
+        """Rows of whole units that earlier runs, of any number of ranks, left. Rows of torn units are dropped."""
+        by_number: dict[int, Row] = {}
+        # the phase's own file may be one that was cut short
+        for part in [self.file(name), *self._parts(name)]:
+            by_number |= {row["row"]: row for row in read_rows(part)} if part.is_file() else {}
+        # hosts need not share a file system
+        by_number = {number: row for theirs in distributed.gather(by_number) for number, row in theirs.items()}
+        whole = {row for unit in units if all(number in by_number for number in unit) for row in unit}
+        if (own := self._part(name)).is_file():
+            rows = [row for row in read_rows(own) if row["row"] in whole]
+            write_atomically(own, "".join(map(_line, rows)))
+        distributed.barrier()
+        return {number: row for number, row in by_number.items() if number in whole}
+
+    # -- usage of models that are paid for
+
+    def spend(self, who: str, used: dict[str, int]) -> None:
+        """Note what a generator used, on disk, so that a killed run's bill is not forgotten."""
+        file = self.folder / f".usage-{self.job.rank}.jsonl"
+        with self._lock, file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"who": who} | used) + "\n")
+
+    def spent(self) -> dict[str, dict[str, int]]:
+        """What every generator used, over all ranks and all attempts."""
+        files = {file.name: file.read_text(encoding="utf-8") for file in self.folder.glob(".usage-*.jsonl")}
+        totals: dict[str, Counter[str]] = {}
+        for text in {name: text for theirs in distributed.gather(files) for name, text in theirs.items()}.values():
+            for line in text.splitlines():
+                with contextlib.suppress(ValueError):
+                    used = json.loads(line)
+                    totals.setdefault(used.pop("who"), Counter()).update(used)
+        return {who: dict(sorted(counts.items())) for who, counts in sorted(totals.items())}
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file; a line that a kill tore is left out."""
+    rows = []
+    for line in file.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("row"), int):
+            rows.append(row)
+    return rows
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _results(units: Sequence[Unit], make: Make, workers: int, stopping: Callable[[], bool]) -> Iterator[list[Row]]:
+    """What `make` returns for each unit, in the order of completion. No unit begins once it is `stopping`; when one
+    fails, those that are done are still passed on."""
+    if workers == 1:
+        for unit in units:
+            if stopping():
+                return
+            yield make(unit)
+        return
+    waiting, running, failed = list(reversed(units)), set(), None
+    with ThreadPoolExecutor(workers) as pool:
+        while running or (waiting and not stopping() and failed is None):
+            while waiting and len(running) < workers and not stopping() and failed is None:
+                running.add(pool.submit(make, waiting.pop()))
+            done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                if error := future.exception():
+                    failed = failed or error
+                else:
+                    yield future.result()
+    if failed is not None:
+        raise failed

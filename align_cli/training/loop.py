@@ -1,0 +1,92 @@
+"""The training loop that every stage shares, from a built trainer to a finished run."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from align_cli.compat.trl_private import trained_tokens
+from align_cli.data.groups import Count
+from align_cli.run.directory import COMPLETE, trim_metrics
+from align_cli.training.callbacks import CheckpointMarks, Metrics, OrderlyStop, ProgressLine
+from align_cli.training.checkpoints import check_ranks, finish
+from align_cli.training.job import Job, Outcome
+from align_cli.training.samples import Samples
+
+
+def run_to_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, counts: list[Count]) -> Outcome:
+    """Samples before, the loop, samples after, the save: everything from a built trainer to a finished run."""
+    samples = Samples(job, tokenizer)
+    samples.answer(trainer, "before")
+    metrics, stopped_by = loop(trainer, job)
+    if job.recipe.data.streaming:
+        # other rows were counted, and their counts printed, before the first step
+        for line in (line for count in counts for line in count.lines()):
+            job.say(line)
+    if stopped_by is None:
+        samples.answer(trainer, "after")
+        finish(trainer, tokenizer, job)
+    return Outcome(metrics, counts, stopped_by)
+
+
+def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tuple[dict[str, Any], int | None]:
+    """Train from the last whole checkpoint, if there is one. Returns the final metrics and the signal that stopped it.
+
+    Raises LaunchError if the checkpoint was written by another number of ranks under ZeRO.
+    """
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    metrics = Metrics(job.run.metrics, lambda: trained_tokens(trainer))
+    stop = OrderlyStop()
+    for callback in (
+        metrics,
+        ProgressLine(f"{job.recipe.name}/{job.run.path.name}", metrics, job.console),
+        CheckpointMarks(COMPLETE),
+        stop,
+        *([last] if last else []),
+    ):
+        trainer.add_callback(callback)
+    if job.main:
+        job.run.drop_half_written()
+    trainer.accelerator.wait_for_everyone()
+    resume = job.run.latest_checkpoint()
+    if resume is not None:
+        check_ranks(resume, job)
+        step = json.loads((resume / "trainer_state.json").read_text())["global_step"]
+        if job.main:
+            trim_metrics(job.run.metrics, step)
+        job.say(f"resuming from step {step} ({resume})")
+    elif job.main:
+        job.run.metrics.unlink(missing_ok=True)
+    if job.main:
+        job.run.checkpoints.mkdir(parents=True, exist_ok=True)
+        (job.run.checkpoints / "ranks.json").write_text(json.dumps({"world_size": job.ranks}))
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.received is not None:
+        return {}, stop.received
+    final = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "epochs": trainer.state.epoch}
+    final |= {"seconds": round(result.metrics["train_runtime"], 1), "peak_memory_mib": _peak_memory()}
+    final |= metrics.last
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+        final |= metrics.last
+    return {key: value for key, value in final.items() if key not in ("step", "epoch") and _finite(value)}, None
+
+
+def _peak_memory() -> int:
+    """The most that this process has held so far, in MiB: of its GPU, or of main memory without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most >> (10 if platform.system() == "Linux" else 20)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))

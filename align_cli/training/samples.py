@@ -1,0 +1,84 @@
+"""samples.jsonl: the same prompts answered greedily before and after, one JSON object a prompt."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from align_cli.data import chat
+from align_cli.data.prompts import as_messages, sample_prompts
+from align_cli.model import zero
+from align_cli.model.load import set_ends
+from align_cli.run.directory import write_atomically
+from align_cli.training.job import Job
+
+BEFORE = ".samples-before.json"
+"""Where a run keeps the answers from before its first step until it has those from after its last."""
+BATCH = 32
+"""Prompts answered at a time."""
+
+
+class Samples:
+    """The recipe's sample prompts and what the model said to them."""
+
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase):
+        self.job, self.tokenizer = job, tokenizer
+        self.rows = sample_prompts(job.recipe.samples, tokenizer) if job.recipe.samples else []
+        self.before = job.run.path / BEFORE
+
+    def answer(self, trainer: Trainer, when: str) -> None:
+        """Answer every prompt `before` or `after` training; the second time writes samples.jsonl.
+
+        A resumed run keeps the answers from before its first step.
+        """
+        if not self.rows:
+            return
+        if when == "before" and (self.before.is_file() or self.job.run.latest_checkpoint()):
+            return
+        self.job.say(f"answering {len(self.rows)} sample prompts, {when}")
+        answers = self._generate(trainer)
+        if not self.job.main:
+            return
+        if when == "before":
+            write_atomically(self.before, json.dumps(answers, ensure_ascii=False))
+            return
+        before = json.loads(self.before.read_text()) if self.before.is_file() else [None] * len(answers)
+        lines = [
+            json.dumps({**row, "before": old, "after": new}, ensure_ascii=False)
+            for row, old, new in zip(self.rows, before, answers, strict=True)
+        ]
+        write_atomically(self.job.run.samples, "\n".join(lines) + "\n")
+        self.before.unlink(missing_ok=True)
+
+    def _generate(self, trainer: Trainer) -> list[str]:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        texts = [chat.render(self.tokenizer, as_messages(row["prompt"]), prompt=True) for row in self.rows]
+        ends, answers = set_ends(model, chat.generation_ends(self.tokenizer)), []
+        training = model.training
+        model.eval()
+        with zero.on_device(model, trainer.accelerator.device), torch.no_grad(), trainer.accelerator.autocast():
+            for start in range(0, len(texts), BATCH):
+                batch = self.tokenizer(
+                    texts[start : start + BATCH],
+                    add_special_tokens=False,
+                    padding=True,
+                    padding_side="left",
+                    return_tensors="pt",
+                ).to(trainer.accelerator.device)
+                made = model.generate(
+                    **batch,
+                    max_new_tokens=self.job.recipe.samples.max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    eos_token_id=ends,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    use_cache=True,
+                )
+                fresh = made[:, batch["input_ids"].shape[1] :]
+                answers += [text.strip() for text in self.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
+        model.train(training)
+        return answers

@@ -1,0 +1,181 @@
+"""Training on groups, an optimizer step at a time: cut into micro-batches by tokens, the prompt shared where it can be.
+
+What reward models and preference losses have in common. A data loader's batch is all of a rank's groups of one
+optimizer step; `batch_tokens` decides how many go through the model at a time. The loss is the mean over the groups of
+all ranks, however they are cut.
+
+Shapes: b groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from align_cli import distributed
+from align_cli.compat.libraries import exchange_gradients
+from align_cli.compat.trl_private import set_trained_tokens
+from align_cli.model.reward_head import takes_4d_masks
+from align_cli.training import layout as layouts
+from align_cli.training.layout import Packed, Row
+
+AGREE = 0.05
+"""Relative difference of what both layouts give up to which they count as the same: bfloat16 rounding is 0.01."""
+
+
+class Batch:
+    """Groups as they pass through a data loader, which must not look into them."""
+
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
+
+
+def collate(rows: list[Row]) -> dict[str, Batch]:
+    """A data loader's batch."""
+    return {"groups": Batch(rows)}
+
+
+class StepTrainer(Trainer):
+    """A trainer over groups. Subclasses say what they make of a micro-batch."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        layout: str,
+        batch_tokens: int,
+        say: Callable[[str], None] = lambda text: None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, data_collator=collate, **kwargs)
+        self.layout, self.batch_tokens, self.say = layout, batch_tokens, say
+        self.pad = self.processing_class.pad_token_id
+        set_trained_tokens(self, 0)
+        self.model_accepts_loss_kwargs = False
+
+    # -- what a method says
+
+    def weights(self, rows: list[Row]) -> Tensor:
+        """(b,) what each group counts for in the mean."""
+        return torch.ones(len(rows))
+
+    def losses(self, model: Any, rows: list[Row]) -> tuple[Tensor, Any]:
+        """(b,) losses of a micro-batch, and what `note` is to remember of it."""
+        raise NotImplementedError
+
+    def note(self, figures: Any, rows: list[Row]) -> None:
+        """Remember figures of a micro-batch for the next log."""
+        raise NotImplementedError
+
+    def probe(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+        """What both layouts must give alike for the shared one to be used."""
+        raise NotImplementedError
+
+    # -- layout
+
+    def settled(self, model: Any, rows: list[Row]) -> str:
+        """The layout in use; `auto` tries the shared one on the first groups and keeps it if it gives the same."""
+        if self.layout != "auto":
+            return self.layout
+        error = torch.tensor(1.0, device=self.args.device)
+        if takes_4d_masks(self.accelerator.unwrap_model(self.model)):
+            training = self.model.training
+            model.eval()
+            with torch.no_grad():
+                one, many = (
+                    self.probe(model, make(rows[:1], self.pad, self.args.device), rows[:1])
+                    for make in layouts.LAYOUTS.values()
+                )
+            model.train(training)
+            error = (one - many).norm() / many.norm()
+        error = self.accelerator.gather(error.reshape(1)).max().item()
+        self.layout = "shared" if error < AGREE else "rows"
+        if self.layout == "rows":
+            self.say("this model's attention takes no 4-D masks: every response goes through it with its own prompt")
+        return self.layout
+
+    def packed(self, model: Any, rows: list[Row]) -> Packed:
+        """A micro-batch of these groups, in the layout in use."""
+        return layouts.LAYOUTS[self.settled(model, rows)](rows, self.pad, self.args.device)
+
+    # -- training
+
+    def training_step(self, model: Any, inputs: dict[str, Batch], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over one optimizer step's groups. Returns the loss, scaled so that the mean over ranks
+        is the mean over groups."""
+        model.train()
+        rows = inputs["groups"].rows
+        self.settled(model, rows)
+        weights = self.weights(rows)
+        total = self._summed(weights.sum())
+        parts = self._even(layouts.fill(rows, self.layout, self.batch_tokens))
+        loss = torch.zeros((), device=self.args.device)
+        for number, (part, real) in enumerate(parts, 1):
+            picked = [rows[at] for at in part]
+            with self._synchronizing(model, number == len(parts)), self.compute_loss_context_manager():
+                each, figures = self.losses(model, picked)
+                share = weights[part].to(each.device) * real * self.accelerator.num_processes / total
+                value = (each * share).sum()
+                extra = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(value, **extra)
+            loss += value.detach()
+            if real:
+                self.note(figures, picked)
+        return loss
+
+    def _even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
+        """(groups, 1) a micro-batch; ranks with fewer repeat their last one with weight 0, since collectives run in
+        every forward pass of ZeRO-3."""
+        count = torch.tensor([len(parts)], device=self.args.device)
+        most = int(self.accelerator.gather(count).max())
+        return [(part, 1.0) for part in parts] + [(parts[-1], 0.0)] * (most - len(parts))
+
+    @contextlib.contextmanager
+    def _synchronizing(self, model: Any, last: bool):
+        """Gradients are exchanged, and DeepSpeed steps, only after the last micro-batch."""
+        state = self.accelerator.gradient_state
+        exchange_gradients(state, last)
+        ddp = hasattr(model, "no_sync") and not self.is_deepspeed_enabled
+        with model.no_sync() if ddp and not last else contextlib.nullcontext():
+            yield
+        exchange_gradients(state, True)
+
+    def _summed(self, value: Tensor) -> float:
+        return self.accelerator.reduce(value.to(self.args.device), "sum").item()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    # -- measuring
+
+    @torch.no_grad()
+    def measured(self, rows: list[Row], measure: Callable[[Any, list[Row]], list[Any]]) -> list[Any]:
+        """What `measure(model, groups)` gives for every group, in the order of `rows`, the same on every rank."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        mine = list(range(rank, len(rows), ranks)) or [0]
+        model = self.model_wrapped if self.is_deepspeed_enabled and self.model_wrapped is not self.model else self.model
+        training = self.model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            self.settled(model, [rows[mine[0]]])
+            own: dict[int, Any] = {}
+            for part, real in self._even(layouts.fill([rows[at] for at in mine], self.layout, self.batch_tokens)):
+                values = measure(model, [rows[mine[at]] for at in part])
+                if real:
+                    own |= {mine[at]: value for at, value in zip(part, values, strict=True)}
+        model.train(training)
+        every = {at: value for theirs in distributed.gather(own) for at, value in theirs.items()}
+        return [every[at] for at in range(len(rows))]
+
+    def report(self, figures: dict[str, float], prefix: str) -> dict[str, float]:
+        """Log held-out figures under a prefix; returns them as they were logged."""
+        logs = {f"{prefix}_{key}": value for key, value in figures.items()}
+        self.log(dict(logs))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs

@@ -1,0 +1,46 @@
+"""Stopping in order: a signal ends the work after the step in hand, on all ranks together."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from align_cli import distributed
+from align_cli.signals import caught_by, deliver
+
+
+class Stopped(Exception):
+    """A signal ended the run between two units of work; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class StopRequest:
+    """Notes Ctrl-C and SIGTERM; a second signal ends the process at once."""
+
+    def __init__(self, after: str = "this step"):
+        self.after, self.received = after, None
+        self.received: int | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note signals within."""
+        with caught_by(self._note):
+            yield
+
+    def on_any_rank(self) -> int | None:
+        """The signal that any rank received. To be called on all ranks, which must stop at the same step."""
+        self.received = distributed.largest(self.received or 0) or None
+        return self.received
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            deliver(number)
+        self.received = number
+        name = signal.Signals(number).name
+        sys.stderr.write(f"\n{name}: stopping after {self.after}; a second signal stops at once\n")
