@@ -95,7 +95,7 @@ def test_a_reward_model_and_a_check_add_up(folder):
         (["method.k=1", "trainer.loss_type=grpo"], ["method.k", "write method.loss"]),
         (
             ["reward.verify.extract=(", "method.beta=0", "reference.path=models/tiny"],
-            ["is not a valid pattern", "is compared with by nothing"],
+            ["is not a valid pattern", "has no effect at method.beta=0"],
         ),
         (["data.batch_size=12"], ["do not divide by method.k=8"]),
     ],

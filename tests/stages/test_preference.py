@@ -149,7 +149,7 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(folder, runs):
     [
         (
             ["reference.path=models/tiny", "data.streaming=true", "trainer.label_smoothing_factor=0.1"],
-            ["is held by no loss of this recipe", "is not for this stage", "write method.label_smoothing"],
+            ["is used by no loss of this recipe", "does not work here", "write method.label_smoothing"],
         ),
         (["method.weight=0", "lora.targets=[q_proj,lm_head]"], ["no loss is left", "names lm_head"]),
         (["method.also=[{loss: simpo}]"], ["stand in the mixture twice"]),
