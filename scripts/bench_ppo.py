@@ -1,12 +1,13 @@
-"""What PPO costs, side by side in one run:
+"""Compare the speed and memory of PPO implementations in one run.
 
     python -m venv trl112 && trl112/bin/pip install torch==2.13.0 trl==1.12.0 peft==0.21.2 transformers==5.23.0
     python scripts/bench_ppo.py --trl trl112/bin/python [--model models/smollm2-135m-instruct] [--bf16]
 
-(a) the PPOTrainer of TRL 1.12, the last release that had one, in an environment of its own; (b) `align ppo` with four
-models; (c) `align ppo` with one backbone under LoRA. The same prompts, the same number of tokens in every response (no
-token ends one), the same rollouts, epochs and micro-batches; the reward model's head is random, which costs the same.
-Each is a process of its own, so that peak memory is its own, and they take turns.
+(a) the PPOTrainer of TRL 1.12, the last release that had one, in a separate environment; (b) `align ppo` with four
+models; (c) `align ppo` with one backbone under LoRA. All use the same prompts, rollouts, epochs and micro-batches, and
+the same number of tokens in every response (no token ends a response). The reward model's head is random, which costs
+the same as a trained one. Each variant runs in its own process, so that its peak memory is measured alone; variants
+take turns.
 """
 
 import argparse
@@ -43,13 +44,13 @@ trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trl", help="Python of an environment with trl==1.12.0; without it (a) is left out")
+    parser.add_argument("--trl", help="Python of an environment with trl==1.12.0; without it, (a) is skipped")
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--prompts", default="scripts/demo/data/red_team.jsonl")
-    parser.add_argument("--batch", type=int, default=32, help="episodes a rollout")
+    parser.add_argument("--batch", type=int, default=32, help="episodes per rollout")
     parser.add_argument("--rollouts", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--micro", type=int, default=8, help="episodes that go through the models at a time")
+    parser.add_argument("--micro", type=int, default=8, help="episodes per micro-batch")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of every response")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
@@ -97,10 +98,10 @@ def table(args: argparse.Namespace, found: dict[str, list[dict]]) -> None:
 
 
 def alone(python: str, way: str, folder: str, bf16: bool) -> str:
-    """The last line that one way prints, from a process of its own."""
+    """The last line that a variant prints when run in its own process."""
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if bf16:
-        # what `accelerate launch --mixed_precision bf16` sets, for TRL's trainer builds an Accelerator of its own
+        # `accelerate launch --mixed_precision bf16` sets this; needed because TRL's trainer builds its own Accelerator
         environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
     line = [python, *sys.argv, "--way", way, "--folder", folder]
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
@@ -110,7 +111,7 @@ def alone(python: str, way: str, folder: str, bf16: bool) -> str:
 
 
 def make_reward_models(args: argparse.Namespace, folder: Path) -> None:
-    """A whole reward model, and one as an adapter on the policy."""
+    """Save a full reward model, and one that is an adapter on the policy."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -126,7 +127,7 @@ def make_reward_models(args: argparse.Namespace, folder: Path) -> None:
 
 
 def figures(args: argparse.Namespace, seconds: float, packages: tuple[str, ...]) -> dict:
-    """What a way reports of itself."""
+    """The measurements of a variant: episodes per second, peak memory in MiB, device and package versions."""
     from importlib.metadata import version
 
     import torch
@@ -144,7 +145,7 @@ def figures(args: argparse.Namespace, seconds: float, packages: tuple[str, ...])
 
 
 def of_align(args: argparse.Namespace) -> dict:
-    """`align ppo` as a command, its training loop timed."""
+    """Run `align ppo` and time its training loop."""
     from align_cli.rl import rollouts
     from align_cli.run import environment, launch
 
@@ -192,7 +193,7 @@ def of_align(args: argparse.Namespace) -> dict:
 
 
 def of_trl(args: argparse.Namespace) -> dict:
-    """TRL's PPOTrainer with its defaults, but for what all ways share."""
+    """Run TRL's PPOTrainer with its defaults, except for the settings that all variants share."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer

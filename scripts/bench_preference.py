@@ -1,10 +1,10 @@
-"""What learning from pairs costs in memory and time, method by method, side by side in one run:
+"""Compare the memory and time of preference methods in one run.
 
     python scripts/bench_preference.py PAIRS.jsonl [--model models/smollm2-135m-instruct] [--rows 32] [--repeats 3]
 
-DPO is TRL's trainer with a reference of its own, as `align dpo` runs it; ORPO and SimPO are ours, with the same pairs,
-as many of them through the model at a time, and the same steps. Each is a process of its own, so that peak memory is
-its own, and they take turns, so that a noisy machine is noisy for all.
+DPO is TRL's trainer with a separate reference, as `align dpo` runs it. ORPO and SimPO use our trainer, with the same
+pairs, micro-batches and steps. Each method runs in its own process, so that its peak memory is measured alone. The
+methods take turns, so that noise on the machine affects all of them.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("pairs")
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--rows", type=int, default=32, help="pairs to train on, spread over all lengths; 0 for all")
-    parser.add_argument("--step", type=int, default=8, help="pairs an optimizer step")
-    parser.add_argument("--micro", type=int, default=4, help="pairs that go through the model at a time")
+    parser.add_argument("--step", type=int, default=8, help="pairs per optimizer step")
+    parser.add_argument("--micro", type=int, default=4, help="pairs per micro-batch")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
@@ -71,7 +71,7 @@ def _alone(way: str) -> str:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One way's run: pairs a second over its training loop, peak memory of its process."""
+    """Run one method: pairs per second over its training loop, peak memory in MiB of its process."""
     from align_cli.run import environment
 
     environment.quiet()
@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict:
     rows.sort(key=lambda row: sum(map(len, row.values())))
     if args.rows and args.rows < len(rows):
         rows = [rows[int((at + 0.5) * len(rows) / args.rows)] for at in range(args.rows)]
-    # a fixed mixture of long and short pairs in every step, alike ones side by side
+    # every step gets a fixed mixture of long and short pairs, with similar lengths next to each other
     rows = [row for start in range(len(rows) // args.step) for row in rows[start :: len(rows) // args.step]]
     tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     cuda = torch.cuda.is_available()
@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace) -> dict:
                 processing_class=tokenizer,
                 terms=terms.get(args.way, [Term("simpo", beta=2.0, gamma_ratio=0.5)]),
                 layout=layout,
-                # what the longest `micro` pairs need, padding included
+                # tokens of the longest `micro` pairs, padding included
                 batch_tokens=max(n * t for n, t in (size(row, layout) for row in groups)) * args.micro,
             )
             if args.way == "dpo-ours":

@@ -1,10 +1,11 @@
-"""What a reward model's epoch costs, side by side in one run:
+"""Compare the speed and memory of reward-model training in one run.
 
     python scripts/bench_rm.py RANKINGS.jsonl [--model models/smollm2-135m-instruct] [--groups 32] [--repeats 3]
 
-(a) TRL's RewardTrainer on every pair of every ranking, (b) one row a response, (c) the prompt shared by its responses.
-All three see the same tokens, the same groups in the same order and the same number of groups an optimizer step; each
-is a process of its own, so that peak memory is its own, and they take turns, so that a noisy machine is noisy for all.
+(a) TRL's RewardTrainer on every pair of every ranking, (b) one row per response, (c) the prompt shared by its
+responses. All three see the same tokens, the same groups in the same order and the same number of groups per optimizer
+step. Each variant runs in its own process, so that its peak memory is measured alone. The variants take turns, so that
+noise on the machine affects all of them.
 """
 
 import argparse
@@ -28,9 +29,9 @@ def main() -> None:
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--groups", type=int, default=32, help="rankings to train on, spread over all K; 0 for all")
     parser.add_argument("--at-least", type=int, default=2, help="smallest K")
-    parser.add_argument("--step", type=int, default=64, help="groups an optimizer step; 64 in InstructGPT")
-    parser.add_argument("--tokens", type=int, default=1536, help="(b), (c): tokens a micro-batch")
-    parser.add_argument("--pairs", type=int, default=8, help="(a): pairs a micro-batch; TRL's default")
+    parser.add_argument("--step", type=int, default=64, help="groups per optimizer step; 64 in InstructGPT")
+    parser.add_argument("--tokens", type=int, default=1536, help="(b), (c): tokens per micro-batch")
+    parser.add_argument("--pairs", type=int, default=8, help="(a): pairs per micro-batch; the default is TRL's")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
@@ -65,7 +66,7 @@ def _alone(way: str) -> str:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One way's run: groups a second over its training loop, peak memory of its process."""
+    """Run one variant: groups per second over its training loop, peak memory in MiB of its process."""
     from align_cli.run import environment
 
     environment.quiet()
@@ -89,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict:
     )
     if args.groups and args.groups < len(rows):
         rows = [rows[int((at + 0.5) * len(rows) / args.groups)] for at in range(args.groups)]
-    # a fixed mixture of large and small groups in every step
+    # every step gets a fixed mixture of large and small groups
     rows = [row for start in range(args.step) for row in rows[start :: args.step]]
     pairs = [
         {"chosen_ids": row["prompt_ids"] + a, "rejected_ids": row["prompt_ids"] + b}
@@ -105,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict:
         settings["output_dir"] = folder
         network = reward_head.from_policy(model, tokenizer, dtype="float32", seeds=[0], path=args.model)
         if args.way == "pairs":
-            # as many optimizer steps as the others take
+            # the same number of optimizer steps as the other variants
             accumulate = max(1, round(len(pairs) / args.pairs / (len(rows) / args.step)))
             trainer = RewardTrainer(
                 model=network,

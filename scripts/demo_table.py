@@ -1,9 +1,9 @@
-"""Print what the demo's stages changed, from the answers that the runs kept.
+"""Print how the demo's stages changed the model, from the answers saved by the runs.
 
     python scripts/demo_table.py
 
-Reads samples.jsonl, metrics.jsonl and manifest.json of the runs below runs/demo; nothing is generated here. The demo's
-reward model scores the answers.
+Reads samples.jsonl, metrics.jsonl and manifest.json of the runs under runs/demo. Generates no answers, but scores them
+with the demo's reward model.
 """
 
 import json
@@ -18,9 +18,9 @@ from align_cli.constitutional.refusals import rate
 
 RUNS = Path("runs/demo")
 AFTER = ("dpo", "ppo", "rloo")
-"""Stages that start from the SFT run; those that are finished are shown."""
+"""Stages that start from the SFT run. Only finished ones are shown."""
 SHOWN = 3
-"""Prompts of each kind that are printed; all of them are counted."""
+"""Number of prompts of each kind whose answers are printed. The counts cover all prompts."""
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def show_scores(console: Console, prompts: list[str], stages: dict[str, list[str]]) -> None:
-    """What the demo's reward model gives the answers, against those of the SFT model to the same prompts."""
+    """Print the reward model's mean score of each stage, and its difference to the SFT model on the same prompts."""
     from align_cli.evaluate import score
     from align_cli.run import environment
 
@@ -91,7 +91,7 @@ def show_scores(console: Console, prompts: list[str], stages: dict[str, list[str
 
 
 def show_answers(console: Console, prompts: list[str], labels: list[str], stages: dict[str, list[str]]) -> None:
-    """A table of the first prompts of each kind, with what each stage answered."""
+    """Print a table of the first prompts of each kind with the answer of each stage."""
     table = Table(title="Held-out prompts, answered greedily", show_lines=True, title_justify="left")
     for heading in ("prompt", *stages):
         table.add_column(heading, ratio=1, overflow="fold")
@@ -110,7 +110,7 @@ def show_counts(
     rows: dict[str, str],
     complied: tuple[str, ...] = (),
 ) -> None:
-    """A table of refusals by label, `rows` naming each label's row; of those that are not refused for `complied`."""
+    """Print a table of refusals by label. `rows` maps labels to row titles; rows in `complied` count non-refusals."""
     table = Table(title=title, title_justify="left")
     for heading in ("", *stages):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -136,7 +136,7 @@ def samples(run: Path) -> list[dict]:
 
 
 def short(text: str, limit: int = 150) -> str:
-    """One line of a text, for a cell of a table."""
+    """A text as one line of at most `limit` characters, for a table cell."""
     flat = " ".join(text.split()).replace("[", "\\[")
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 

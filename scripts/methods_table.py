@@ -2,10 +2,10 @@
 
     python scripts/methods_table.py [RUN…]
 
-Of every finished run: accuracy on the held-out pairs, the KL to the run that all of them started from, the length of
-its answers, and what it took. Accuracy is by log π/π_start, the reward that a method without a reference implies as
-well as DPO's own, and, beside it, by the mean log-probability a token. The KL is E Σ_t (log π - log π_start) over
-answers sampled from the run's own model at T = 1, a bounded number of tokens each.
+For every finished run, the table shows the accuracy on the held-out pairs, the KL to the common starting run, the
+length of its answers, and its training time and memory. Accuracy is by log π/π_start, which is DPO's implicit reward
+and is defined for methods without a reference, too; a second column uses the mean log-probability per token. The KL is
+E Σ_t (log π - log π_start) over answers sampled from the run's own model at T = 1, up to a fixed number of tokens each.
 """
 
 import argparse
@@ -13,19 +13,19 @@ import json
 from pathlib import Path
 
 RUNS = ("demo/dpo", "demo/orpo", "demo/simpo", "demo/kto", "demo/spin", "online-demo/dpo")
-"""The first four learn from the same pairs; SPIN from the demo's demonstrations, the last from answers of its own."""
+"""The first four train on the same pairs, SPIN on the demo's demonstrations, the last on its own answers."""
 DATA, PROMPTS = "scripts/demo/data/preferences.jsonl", Path("scripts/demo/data/held_out.jsonl")
 HELD_OUT = 0.15
 MAX_LENGTH = 256
 TOKENS = 1024
-"""That go through a model at a time."""
+"""Tokens per forward pass."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", help="default: every preference method's run of the demo that is there")
+    parser.add_argument("runs", nargs="*", help="default: all finished demo runs of preference methods")
     parser.add_argument("--start", default="runs/demo/sft", help="the run that all of them started from")
-    parser.add_argument("--tokens", type=int, default=48, help="longest sampled answer")
+    parser.add_argument("--tokens", type=int, default=48, help="maximum length of sampled answers, in tokens")
     args = parser.parse_args()
     found = args.runs or [f"runs/{run}" for run in RUNS if Path(f"runs/{run}/manifest.json").is_file()]
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 class Scored:
-    """A run's model, its held-out pairs with their log-probabilities, and what it answers."""
+    """A run's model, the held-out pairs with their log-probabilities, and the model's answers."""
 
     def __init__(self, run: str, longest: int):
         from align_cli.data import chat
@@ -77,12 +77,12 @@ class Scored:
         self.answers = [(prompt, [answer]) for prompt, answer in zip(prompts, said, strict=True) if answer]
 
     def log_probs(self, asked: list[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
-        """The summed log-probability of every response to every prompt, each prompt held once for its responses."""
+        """The summed log-probability of every response; each prompt is computed once for all its responses."""
         import torch
 
         from align_cli.training import layout
 
-        # a prompt's last token goes with each response, whose first token it predicts
+        # a prompt's last token is repeated for each response, because it predicts the response's first token
         rows = [{"prompt_ids": p[:-1], "responses": [p[-1:] + r for r in responses]} for p, responses in asked]
         found: dict[int, list[float]] = {}
         for part in layout.fill(rows, "shared", TOKENS):
@@ -102,12 +102,12 @@ class Scored:
         return mean_and_error([score(*pair) for pair in ahead])[0]
 
     def length(self) -> float:
-        """Tokens a sampled answer, on average."""
+        """Mean number of tokens per sampled answer."""
         return mean_and_error([float(len(answer)) for _, (answer,) in self.answers])[0]
 
 
 def measured(made: Scored, start: Scored) -> list[str]:
-    """A run's cells of the table."""
+    """The table cells of a run."""
     pairs = zip(made.on_pairs, start.on_pairs, strict=True)
     accuracy, error = mean_and_error([score(w - before_w, r - before_r) for (w, r), (before_w, before_r) in pairs])
     sides = zip(made.log_probs(made.answers), start.log_probs(made.answers), strict=True)

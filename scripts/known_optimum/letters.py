@@ -1,12 +1,13 @@
-"""A task whose optimum can be worked out: responses of 16 letters, of which a rater wants vowels.
+"""A task whose optimum can be computed: responses of 16 letters, where the rater wants vowels.
 
-The reference writes uniformly random letters. The proxy is the mean of a weight a letter: vowels count, and, as a
-reward model learnt from few comparisons might, it likes `e` a little better than the others. What the rater means, the
-gold reward, is vowels that do not repeat themselves: the share of vowels, times the share of letter pairs that differ
-from each other. As long as letters stay varied, the two agree.
+The reference writes uniformly random letters. The proxy reward is the mean weight of the letters: vowels count, and `e`
+a little more than the others, as a reward model trained on few comparisons might prefer it. The gold reward is what the
+rater wants, vowels without repetition: the share of vowels times the share of distinct pairs of neighbouring letters.
+The two rewards agree as long as the letters stay varied.
 
-With a reference of independent letters p and a proxy that is a mean over letters, the policy that maximises
-E[proxy] - β·KL is independent letters too, q ∝ p·exp(w / (T·β)), so the best proxy within a KL budget is known.
+The letters of the reference are independent, with distribution p, and the proxy is a mean over letters. The policy that
+maximises E[proxy] - β·KL therefore also has independent letters, q ∝ p·exp(w / (T·β)), and the best proxy within a KL
+budget is known.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from collections.abc import Sequence
 
 ALPHABET = "abcdefghijklmnopqrst"
 LENGTH = 16
-"""T, letters of a response."""
+"""T, number of letters per response."""
 WEIGHT = {letter: 0.0 for letter in ALPHABET} | {"a": 0.8, "e": 1.0, "i": 0.8, "o": 0.8}
 
 
 def proxy(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
-    """What is optimised: the mean weight of a response's letters, in [0, 1]."""
+    """The reward that is optimised: the mean weight of a response's letters, in [0, 1]."""
     return [sum(WEIGHT.get(letter, 0.0) for letter in response) / LENGTH for response in responses]
 
 
 def gold(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
-    """What is meant: share of vowels × share of different pairs of neighbouring letters, in [0, 1]."""
+    """The intended reward: share of vowels × share of distinct pairs of neighbouring letters, in [0, 1]."""
     return [_wanted(response) * _varied(response) for response in responses]
 
 
@@ -40,7 +41,7 @@ def _varied(response: str) -> float:
 
 
 def best(tilt: float) -> tuple[float, float]:
-    """(KL in nats a response, proxy) of q ∝ p·exp(tilt·w): what maximises the proxy at that KL; tilt is 1 / (T·β)."""
+    """(KL in nats per response, proxy) of q ∝ p·exp(tilt·w): the highest proxy at that KL; tilt is 1 / (T·β)."""
     scaled = [math.exp(tilt * (WEIGHT[letter] - 1)) for letter in ALPHABET]
     total = sum(scaled)
     q = [value / total for value in scaled]
@@ -49,7 +50,7 @@ def best(tilt: float) -> tuple[float, float]:
 
 
 def best_within(budget: float) -> float:
-    """The greatest expected proxy of any policy within `budget` nats of KL a response."""
+    """The highest expected proxy of any policy within `budget` nats of KL per response."""
     low, high = 0.0, 200.0
     for _ in range(100):
         middle = (low + high) / 2

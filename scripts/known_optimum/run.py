@@ -1,10 +1,10 @@
-"""PPO, RLOO and PPO without KL on a task whose optimum is known: who reaches it, and who games the reward.
+"""Run PPO, RLOO and PPO without KL on a task whose optimum is known.
 
     python scripts/known_optimum/run.py [--folder known-optimum] [--seeds 1 2 3]        about 10 minutes on 2 cores
 
-A random two-layer model learns to write random letters (`align sft`), then each method optimises the proxy of
-`letters.py` through the commands that anyone would use; the gold reward is only watched. Prints the tables of
-docs/known-optimum.md and, where matplotlib is installed, draws its plot. Run again, it runs what is not finished.
+`align sft` trains a random two-layer model to write random letters. Then each method optimises the proxy reward of
+`letters.py` with the ordinary `align` commands; the gold reward is only monitored. The script prints the tables of
+docs/known-optimum.md and, if matplotlib is installed, draws its plot. When started again, it skips finished runs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from statistics import fmean
 import letters
 
 BUDGET = 12.0
-"""Nats of KL a response."""
+"""KL budget, in nats per response."""
 BETA = 0.0225
-"""Whose own optimum is at 10.9 nats."""
+"""KL coefficient β. Its optimum is at 10.9 nats."""
 ROLLOUTS, EPISODES, LAST = 150, 128, 10
 WAYS = {
     "ppo": ("ppo", {"method.beta": BETA}, f"PPO, β {BETA}"),
@@ -63,7 +63,7 @@ def main() -> None:
     prepare(args.folder)
     align(args.folder, "sft", "recipe=letters.yaml")
     jobs = [(way, seed) for way in args.ways for seed in args.seeds]
-    # a model of this size keeps one core busy
+    # each run of a model of this size uses one core
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1))) as pool:
         list(pool.map(lambda job: train(args.folder, *job), jobs))
     curves = {job: read(args.folder, *job) for job in jobs}
@@ -77,11 +77,11 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Model, data and recipes."""
+    """Write the model, data and recipes."""
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     model(folder / "model")
     draw = random.Random(0)
-    # longer than a response, so that no end is learnt: every response has the same length
+    # longer than a response, so that the model learns no end and every response has the same length
     texts = ["".join(draw.choices(letters.ALPHABET, k=letters.LENGTH + 8)) for _ in range(4096)]
     asked = [f"{number % 10}{number // 10 % 10}" for number in range(4096)]
     rows = [{"prompt": ask, "completion": text} for ask, text in zip(asked, texts, strict=True)]
@@ -109,7 +109,7 @@ trainer: {{ learning_rate: 1.0e-3, max_steps: 192, per_device_train_batch_size: 
 
 
 def model(folder: Path) -> None:
-    """A random Llama of 0.1 M parameters and a tokenizer of one token a character."""
+    """Save a random Llama of 0.1 M parameters and a tokenizer with one token per character."""
     if (folder / "model.safetensors").is_file():
         return
     import torch
@@ -149,7 +149,7 @@ def write(file: Path, rows: list[dict]) -> None:
 
 
 def align(folder: Path, *words: str) -> str:
-    """A command's output; ends the experiment if it fails."""
+    """Run `align` and return its output. Exits if the command fails."""
     here = str(Path(__file__).parent.resolve())
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
@@ -169,7 +169,7 @@ def train(folder: Path, way: str, seed: int) -> None:
 
 
 def read(folder: Path, way: str, seed: int) -> dict:
-    """A run's figures, one a rollout, and why a guard ended it."""
+    """A run's metrics per rollout, and why a guard stopped it."""
     run = folder / f"runs/{way}-{seed}/{WAYS[way][0]}"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "gold_reward" in row]
@@ -183,7 +183,7 @@ def read(folder: Path, way: str, seed: int) -> dict:
 
 
 def report(curves: dict) -> bool:
-    """Print the table; whether PPO and RLOO reach 90 % of the optimum within the budget, and the guard fires."""
+    """Print the table. Returns whether PPO and RLOO reach 90 % of the optimum within the budget and the guard fires."""
     optimum = letters.best_within(BUDGET)
     kl, proxy = letters.best(1 / (letters.LENGTH * BETA))
     print(f"\noptimum within {BUDGET:g} nats: proxy {optimum:.3f}; at β {BETA}: proxy {proxy:.3f} at {kl:.1f} nats\n")
@@ -208,7 +208,7 @@ def report(curves: dict) -> bool:
 
 
 def draw(curves: dict, file: Path) -> None:
-    """Proxy and gold over √KL, a panel a way, beside the best that any policy can do."""
+    """Plot proxy and gold over √KL, one panel per variant, with the best proxy that any policy can reach."""
     import matplotlib
 
     matplotlib.use("agg")
