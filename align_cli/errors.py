@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line each: place, finding, expectation, remedy.
+"""Exceptions for user errors. Each problem is one line: place, finding, expectation, remedy.
 
 Every command collects all problems it can find and raises once. `cli.py` prints them and exits 2; any other
 exception is a bug and exits 1.
@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 
 class AlignError(Exception):
-    """One or more problems of the user's making; `lines` holds one printable line each."""
+    """One or more user errors; `lines` holds one printable line per error."""
 
     exit_code = 2
 
@@ -24,19 +24,19 @@ class RecipeError(AlignError):
 
 
 class DataError(AlignError):
-    """A source that is missing, broken or of another format than the stage needs."""
+    """A source is missing, broken or in a format that the stage cannot use."""
 
 
 class UpstreamError(AlignError):
-    """A model or a run that a recipe names and that cannot serve there."""
+    """A model, run or reward function that the recipe or the command names cannot be used there."""
 
 
 class LaunchError(AlignError):
-    """Ranks, hosts or devices that are not there."""
+    """The launch failed: ranks, hosts or devices do not exist, or another process uses the run's directory."""
 
 
 def raise_all(kind: type[AlignError], lines: list[str]) -> None:
-    """Raise `kind` with every line, or return if there is none."""
+    """Raise `kind` with all lines; return if there are no lines."""
     if lines:
         raise kind(*lines)
 

@@ -1,6 +1,6 @@
-"""What the template writes round an answer: where the response begins behind a prompt, and the tokens that close it.
+"""Boundaries of a response in the rendered text: where it starts after the prompt, and the tokens that close its turn.
 
-What cannot depend on the words is asked once, of a short conversation, and kept.
+Results that do not depend on the contents are computed once, on a short probe conversation, and cached.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from align_cli.data.contents import Piece, masked
 from align_cli.data.template import Message, Template, Tools, Unrenderable, lead, tail
 
 SAME = "Zq7x"
-"""Stands for a content where only what is written round it matters."""
+"""Placeholder content for renderings where only the text around it matters."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ def find_start(
     first: int,
     adjacent: bool,
 ) -> int:
-    """Where the response begins whose first content stands at `first`; the last content before it ends at `before`,
-    and is that of the turn before it if `adjacent`."""
+    """The index in `text` where the response starts.
+
+    `first` is the start of the response's first content, and `before` is the end of the last content in front of it.
+    `adjacent` says whether that last content belongs to the turn directly before.
+    """
     prompt_text = prompt_tail(template, messages, turn, tools)
     if prompt_text is None:
         return first
@@ -49,9 +52,9 @@ def find_start(
     at = window.rfind(prompt_text) if prompt_text else -1
     if at >= 0:
         return before + at + len(prompt_text)
-    # a generation prompt that holds more than the template keeps of it, such as an opened thought
+    # the generation prompt may end with text that the conversation lacks, such as an opened thought
     if adjacent and (kept := _whole(template, window, len(commonprefix([window, prompt_text])))):
-        # with other white space round it, the header of an answer is still none of the answer
+        # the header is not part of the answer, even if the white space around it differs
         header = header_of(template).strip()
         behind = window.find(header, kept) if header else -1
         if behind < 0:
@@ -64,13 +67,13 @@ def find_start(
 
 
 def _whole(template: Template, text: str, length: int) -> int:
-    """The length without a part of a special token at its end."""
+    """`length`, or where a special token starts that a cut at `length` would split."""
     return next((m.start() for m in template.specials.finditer(text) if m.start() < length < m.end()), length)
 
 
 def prompt_tail(template: Template, messages: list[Message], turn: int, tools: Tools) -> str | None:
-    """What the template writes from the end of the last content to where the assistant is to answer; None where that
-    content cannot be found."""
+    """The text from the end of the last content before `turn` to the end of the generation prompt; None if that content
+    cannot be found."""
     if turn == 0:
         return ""
     before, head = messages[turn - 1], _head(messages, turn - 1)
@@ -99,8 +102,12 @@ def prompt_tail(template: Template, messages: list[Message], turn: int, tools: T
 
 
 def find_stop(template: Template, span: Span, then: str, other: str | None, is_last: bool) -> Span:
-    """The span with the tokens that close its turn. Of the text `then`, which follows its last content up to the next
-    one, that is what the template also writes where the conversation goes on (or stops) in the `other` way."""
+    """The span, extended by the tokens that close its turn.
+
+    `then` is the text between the turn's last content and the next content. `other` is that text in the opposite case:
+    if a user turn followed a last turn, or if the conversation ended with an earlier turn. The turn is closed by what
+    both have in common.
+    """
     gap = len(lead(then))
     shared = len(commonprefix([then.lstrip(), (other or "").lstrip()]))
     ends = [match for match in template.specials.finditer(then) if match.end() <= gap + shared]
@@ -118,8 +125,11 @@ def find_stop(template: Template, span: Span, then: str, other: str | None, is_l
 def closings(
     template: Template, messages: list[Message], turn: int, tools: Tools
 ) -> tuple[str | None, str | None, int]:
-    """What the template writes after an answer like this one where the conversation ends with it, and where a user
-    turn follows; None where it refuses such a conversation. And how often it writes the name of a called function."""
+    """The text after an answer like this one, (1) if the conversation ends with it and (2) if a user turn follows, and
+    how often the template writes the name of a called function.
+
+    A text is None if the template refuses such a conversation; (2) is always None for tool calls.
+    """
     head, message = _head(messages, turn), messages[turn]
     called = bool(message.get("tool_calls"))
     key = ("closings", tuple(template.shape(each["content"]) for each in head), bool(tools))
@@ -151,7 +161,7 @@ def closings(
 
 
 def openers(template: Template) -> set[str]:
-    """Special tokens that open a turn, which are never the end of one."""
+    """Special tokens that open a turn, so they never end one."""
     if "openers" not in template.cache:
         marks: set[str] = set()
         user = {"role": "user", "content": SAME}
@@ -168,7 +178,7 @@ def openers(template: Template) -> set[str]:
 
 
 def header_of(template: Template) -> str:
-    """What the generation prompt adds behind a user turn: the header of an answer."""
+    """The header of an answer: what the generation prompt adds after a user turn."""
     if "header" not in template.cache:
         header = ""
         for head in ([], [{"role": "system", "content": "s"}]):

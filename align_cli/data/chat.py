@@ -1,9 +1,9 @@
 """Groups -> tokens, through the tokenizer's chat template: what the model sees, and which tokens are trained.
 
-The whole conversation is rendered and tokenized once, exactly as `apply_chat_template` does it, and `spans` finds where
-each assistant turn's response stands in the text. A turn ends with its end-of-turn token, which is trained; what a
-template puts after it (a newline, mostly) belongs to the next turn and is not. Where a template closes a turn with no
-token at all, EOS is added to the last one, or the model would never learn to stop.
+The whole conversation is rendered and tokenized once, exactly as `apply_chat_template` does it, and `spans` finds each
+assistant turn's response in the text. A turn ends with its end-of-turn token, which is trained; what a template puts
+after it (usually a newline) belongs to the next turn and is not trained. If a template writes no end-of-turn token, EOS
+is appended to the last turn; otherwise the model would never learn to stop.
 
 Shapes: t tokens of one conversation.
 """
@@ -46,7 +46,7 @@ class Turns:
 
 @dataclass
 class Tally:
-    """What became of groups on the way to tokens; what is dropped is entered into the counts of its source, too."""
+    """Counts of tokenized, truncated and dropped groups. A drop is also entered into the count of its source."""
 
     rows: int = 0
     truncated: int = 0
@@ -55,11 +55,11 @@ class Tally:
     first: dict[str, str] = field(default_factory=dict)
     """Reason -> place of the first such group."""
     notes: Counter = field(default_factory=Counter)
-    """What the user should know -> rows (responses, where several are compared) that it holds for."""
+    """Note for the user -> number of rows (of responses, if several are compared) that it applies to."""
     lost: set[tuple[int, str]] = field(default_factory=set, repr=False)
 
     def drop(self, group: Group, reason: str) -> None:
-        """Count a group as dropped, and its row, once, however often the source's weight repeats it."""
+        """Count a dropped group. Its row is counted only once, even if the source's weight repeats it."""
         self.dropped[reason] += 1
         self.first.setdefault(reason, group.place)
         row = (id(group.count), group.place)
@@ -69,15 +69,15 @@ class Tally:
 
 
 def render(tokenizer: Any, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
-    """The conversation as the template writes it; with `prompt`, up to where the assistant is to answer.
+    """The rendered conversation; with `prompt`, it ends with the generation prompt.
 
-    Raises Unrenderable with the template's own complaint.
+    Raises Unrenderable with the template's own error message.
     """
     return template.of(tokenizer).render(messages, prompt=prompt, tools=tools)
 
 
 def prompt_ids(tokenizer: Any, prompt: list[Message], tools: Tools = None) -> list[int]:
-    """Token ids of a prompt, up to where the assistant is to answer. Raises Unrenderable."""
+    """Token ids of a prompt, generation prompt included. Raises Unrenderable."""
     return encoded(tokenizer, render(tokenizer, prompt, prompt=True, tools=tools))[0]
 
 
@@ -90,7 +90,7 @@ def end_tokens(tokenizer: Any) -> set[int]:
 def generation_ends(tokenizer: Any) -> list[int]:
     """Ids at which sampling stops: EOS and the token with which the template closes an assistant's turn.
 
-    A template that wants a system turn is given one. Raises Unrenderable where no turn can be rendered.
+    If the template requires a system turn, one is added. Raises Unrenderable if no turn can be rendered.
     """
     try:
         end = spans.ending(template.of(tokenizer))
@@ -109,10 +109,10 @@ def conversation(
     tools: Tools = None,
     notes: Counter | None = None,
 ) -> Turns:
-    """A prompt and its response as tokens, with every assistant turn of the response trained (or only the last) that
-    is not marked `train: False`. What the user should know about the row is counted into `notes`.
+    """Tokenize a prompt and its response. All assistant turns of the response (or only the last) are trained, except
+    those marked `train: False`. Notes for the user about the row are counted into `notes`.
 
-    The sequence ends with the token that closes the last turn, or with EOS where the template closes it with none.
+    The sequence ends with the token that closes the last turn, or with EOS if the template writes no such token.
     Raises Unrenderable.
     """
     messages = [*prompt, *response]
@@ -141,8 +141,8 @@ def conversation(
 def responses(tokenizer: Any, group: Group, notes: Counter | None = None) -> tuple[list[int], list[list[int]]]:
     """Token ids of a group's prompt, once, and of each of its K responses.
 
-    The prompt ends where the tokens of prompt and response part from it, so that every response continues the same
-    ids. Raises Unrenderable.
+    The prompt is the longest prefix without trained tokens that all K sequences share, so that every response continues
+    the same ids. Raises Unrenderable.
     """
     turns = [
         conversation(tokenizer, group.prompt, response, last_turn_only=True, tools=group.tools, notes=notes)
@@ -158,7 +158,7 @@ def responses(tokenizer: Any, group: Group, notes: Counter | None = None) -> tup
 def sft_rows(
     tokenizer: Any, groups: Iterable[Group], *, max_length: int, last_turn_only: bool, tally: Tally
 ) -> Iterator[dict[str, list[int]]]:
-    """`input_ids` and `labels` of each group's first response; counts what is cut or dropped into `tally`."""
+    """`input_ids` and `labels` of each group's first response; truncated and dropped groups are counted in `tally`."""
     for group in groups:
         try:
             turns = conversation(
@@ -183,7 +183,8 @@ def sft_rows(
 def fitting(
     tokenizer: Any, group: Group, max_length: int, max_prompt_length: int | None, tally: Tally
 ) -> tuple[list[int], list[list[int]]] | None:
-    """`responses` of a group whose prompt leaves room for one; None, counted, for any other."""
+    """`responses` of a group; None if it cannot be rendered or its prompt leaves no room for a response, which `tally`
+    counts as dropped."""
     try:
         prompt, answers = responses(tokenizer, group, tally.notes)
     except Unrenderable as error:
@@ -223,12 +224,12 @@ def dpo_rows(
 
 
 def encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character spans. The template has written BOS and EOS already, so the tokenizer adds nothing.
+    """Ids and character spans. The template already writes BOS and EOS, so the tokenizer adds no special tokens.
 
     Raises Unrenderable.
     """
     if not tokenizer.is_fast:
-        raise Unrenderable("the tokenizer has no fast version, which knows where each token stands in the text")
+        raise Unrenderable("the tokenizer has no fast version, which is needed for the character span of each token")
     try:
         coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except (TypeError, UnicodeEncodeError):
@@ -237,8 +238,8 @@ def encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]
 
 
 def _split_at(tokenizer: Any, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """As `encoded`, with no token that reaches from before a response into it: a model is asked from the tokens that
-    stood before the trained ones, and those end where the response begins."""
+    """Like `encoded`, but no token crosses one of `starts`, where responses begin: generation also starts from a prompt
+    that is tokenized up to exactly there."""
     ids, offsets = encoded(tokenizer, text)
     crossed = [
         start for start in starts for at in [bisect(offsets, (start, -1)) - 1] if at >= 0 and offsets[at][1] > start
@@ -250,5 +251,5 @@ def _split_at(tokenizer: Any, text: str, starts: list[int]) -> tuple[list[int], 
         part, places = encoded(tokenizer, text[start:stop])
         cut_ids += part
         cut_offsets += [(left + start, right + start) for left, right in places]
-    # a tokenizer that puts a space before every text would write it into the middle; there the token stays whole
+    # a tokenizer that prepends a space to every text would insert one at the cut; then the token is not split
     return (cut_ids, cut_offsets) if tokenizer.decode(cut_ids) == tokenizer.decode(ids) else (ids, offsets)

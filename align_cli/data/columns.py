@@ -1,4 +1,4 @@
-"""A source's `columns`: other people's names -> ours, cells inside of objects and lists included.
+"""Applies a source's `columns`: our names for the file's columns, or for cells inside their objects and lists.
 
 columns: { prompt: instruction, responses: "completions[].response" }
 """
@@ -19,7 +19,7 @@ def renamed(
     rows: Iterator[tuple[str, Any]], source: Source, report: Callable[[str], None]
 ) -> Iterator[tuple[str, Row]]:
     """(place, row) with `source.columns` applied; reports rows that are not objects or lack a named cell."""
-    # a column that is only reached into keeps its name beside the new one
+    # a column of which only an inner cell is renamed keeps its own name as well
     moved = set(source.columns.values())
     for place, row in rows:
         if not isinstance(row, dict):
@@ -39,7 +39,7 @@ def renamed(
 
 
 def reach(value: Any, path: str) -> Any:
-    """The cell at `a.b[].c`: key b of a, of each entry of that list key c. Raises LookupError."""
+    """The cell at a path; `a.b[].c` is key c of each entry of the list under key b of a. Raises LookupError."""
     steps = [match[1] for match in STEP.finditer(path)]
     return _reach(value, steps)
 

@@ -1,7 +1,7 @@
-"""Where the contents of a conversation stand in what the template writes, proved by putting them back.
+"""Locates the contents of a conversation in the rendered text, and verifies the result by a round trip.
 
 Each content is replaced by an unlikely marker of the same shape: its white space and the template's own control words
-stay. If putting the contents in place of the markers gives the real rendering, every content has been found.
+are kept. If substituting the contents for the markers gives the real rendering, every content has been located.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ class Piece:
     """thought, answer or call"""
     text: str
     at: list[tuple[int, int]] = field(default_factory=list)
-    """Where it stands in the real text."""
+    """Its character spans in the real text."""
 
 
 class Lost(Unrenderable):
-    """The template leaves out what another role than the assistant says."""
+    """The template leaves out a turn of a role other than the assistant."""
 
 
 def place(
     template: Template, messages: list[Message], tools: Tools, text: str, prompt: bool
 ) -> tuple[list[Piece], bool]:
-    """All contents with their places, and whether those of other turns than the assistant's are among them.
+    """All contents with their positions, and whether they include the turns of other roles than the assistant.
 
-    A template may write what others say in another way (as JSON, say); the assistant's turns are then proved alone.
+    A template may convert the turns of other roles (to JSON, for example); then only the assistant's turns are located.
     Raises Unrenderable.
     """
     for every in (True, False):
@@ -51,7 +51,7 @@ def place(
             continue
         if _put_back(written, base, pieces) == text:
             return pieces, every
-    raise Unrenderable("the chat template writes an answer so that it cannot be told from the rest")
+    raise Unrenderable("the chat template writes an answer in a way that it cannot be located in the text")
 
 
 def masked(template: Template, message: Message, turn: int, base: str, pieces: list[Piece]) -> Message:
@@ -85,7 +85,7 @@ def masked(template: Template, message: Message, turn: int, base: str, pieces: l
 
 
 def _put_back(written: str, base: str, pieces: list[Piece]) -> str:
-    """The text with every marker replaced by its piece; notes where the pieces stand."""
+    """The text with every marker replaced by its piece; records the position of each piece."""
     parts, at, length = [], 0, 0
     for match in re.finditer(re.escape(base) + r"(\d+)Z", written):
         piece = pieces[int(match[1])]
@@ -99,7 +99,10 @@ def _put_back(written: str, base: str, pieces: list[Piece]) -> str:
 
 
 def check_nothing_lost(messages: list[Message], pieces: list[Piece], every: bool, text: str, lenient: bool) -> None:
-    """Raises Unrenderable for a text that is not written. A thought may be left out."""
+    """Raise Unrenderable if a content is missing from the text, or an answer is written twice.
+
+    Thoughts may be missing; with `lenient`, the turns of other roles than the assistant, too.
+    """
     for piece in pieces:
         if piece.at and (len(piece.at) == 1 or piece.kind == "call" or messages[piece.turn]["role"] != "assistant"):
             continue

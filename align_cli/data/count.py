@@ -1,4 +1,4 @@
-"""What became of a source's rows from the file to the tokens: read, used, dropped for which reason, where first."""
+"""Row counts of a source, from file to tokens: rows read, used, and dropped by reason with the first place of each."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from align_cli.data.turns import Dropped
 from align_cli.recipe.constitution import Constitution
 
 UNREAD = 12
-"""Columns that are listed by name."""
+"""Most unread columns that are listed by name."""
 
 
 @dataclass
 class Count:
-    """The rows of one source; rows read = rows used + rows dropped."""
+    """Row counts of one source; rows read = rows used + rows dropped."""
 
     source: str
     """Its path or hub id."""
     key: str = ""
-    """Where the recipe names it: `data.train[0]`."""
+    """Its key in the recipe, e.g. `data.train[0]`."""
     split: str = "train"
-    """Of a hub id or of a `datasets` directory."""
+    """The source's split; only hub ids, directories and globs have splits."""
     rows_read: int = 0
     rows_used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -32,29 +32,29 @@ class Count:
     format: str = ""
     fingerprint: str = ""
     repeated: int = 0
-    """Responses left out of rows that are used, since they repeat a better one of the same row."""
+    """Responses left out of used rows because they repeat a better response of the same row."""
     partial: bool = False
     """Whether only the first part of the source was read."""
     shared: bool = False
-    """Whether the recipe names the same path more than once, so that the path alone does not tell which this is."""
+    """Whether the recipe names the same path more than once, so that the path alone does not identify it."""
     unread: list[str] = field(default_factory=list)
     """Columns of the source, and keys of its turns, that are not read."""
     ranked: int = 0
     """Rows whose scores are the numbers from 1 to K, as ranks are."""
     pairs: dict[str, int] = field(default_factory=dict)
-    """Pairs that the rows used give, by `method.pairs`, or labelled responses, by `method.split`."""
+    """Pairs of the used rows for each `method.pairs`, or labelled responses for each `method.split`."""
 
     @property
     def name(self) -> str:
-        """The path, and the recipe's key where the path alone could be another source."""
+        """The path, with the recipe key if the recipe names the path more than once."""
         return f"{self.source} as {self.key}" if self.shared else self.source
 
     def elements(self, how: str) -> int:
-        """What a trainer counts as rows: pairs, for preferences; single responses, for labels."""
+        """Number of rows as a trainer counts them: pairs for preferences, single responses for labels."""
         return self.pairs.get(how, self.rows_used)
 
     def lines(self) -> list[str]:
-        """A line for the screen, and one for every reason to drop."""
+        """The lines for the terminal: the counts, then one line per drop reason and per warning."""
         dropped, part = sum(self.dropped.values()), ", first part only" if self.partial else ""
         head = f"{self.name} ({self.format}{part}): {self.rows_read} rows read, {self.rows_used} used"
         reasons = sorted(self.dropped.items(), key=lambda item: -item[1])
@@ -83,12 +83,12 @@ class Count:
         self.first.setdefault(dropped.reason, excerpt.removesuffix(": "))
 
     def lose(self, place: str, dropped: Dropped) -> None:
-        """Count a row that was used so far as dropped."""
+        """Count a row as dropped that was counted as used before."""
         self.rows_used -= 1
         self.drop(place, dropped)
 
     def too_many_dropped(self, limit: float) -> Iterator[str]:
-        """A line if more than `limit` of the rows are dropped, or all."""
+        """A line if more than the fraction `limit` of the rows, or all rows, are dropped."""
         dropped = sum(self.dropped.values())
         if not dropped or (dropped <= limit * self.rows_read and dropped < self.rows_read):
             return
@@ -102,7 +102,7 @@ class Count:
 
 
 def of_constitution(constitution: Constitution) -> Count:
-    """A constitution as a source, so that a changed one makes a finished run stale."""
+    """The count of a constitution as a source, so that changing it makes a finished run stale."""
     number = len(constitution.principles)
     return Count(
         constitution.path, rows_read=number, rows_used=number, format="constitution", fingerprint=constitution.sha256

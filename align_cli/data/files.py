@@ -1,7 +1,7 @@
-"""A source's path -> the files it means, and their fingerprint.
+"""Resolves a source's path to files, and computes their fingerprint.
 
-A path is a file, a glob, a directory of shards, or a directory that `save_to_disk` wrote. Of a directory only the files
-of the wanted split are read, found by their names as Hugging Face datasets finds them:
+A path is a file, a glob, a directory of shards, or a directory that `save_to_disk` wrote. In a directory only the files
+of the requested split are read. They are found by name, with the rules of Hugging Face datasets:
 https://huggingface.co/docs/datasets/repository_structure
 """
 
@@ -22,10 +22,10 @@ from align_cli.recipe.sections import Source
 
 READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"(\xb5/\xfd"}
-"""Suffix that may follow a readable one -> the bytes such a file begins with."""
+"""Compression suffix that may follow a readable one -> the magic bytes of such a file."""
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 OTHER_FILES = (*PACKED, *ARCHIVES, ".txt", ".arrow", ".xlsx", ".yaml", ".yml", ".md", ".html", ".pkl")
-"""Suffixes that mark a path as a file of a kind we do not read, where a hub id could also be meant."""
+"""Suffixes of files we cannot read. A path with such a suffix is a local file, not a hub id."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 SPLITS = {
@@ -33,7 +33,7 @@ SPLITS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Split -> the words that name it, where `-`, `.`, `_`, a space or a digit stands on either side."""
+"""Split -> words that denote it in a file name, if delimited by `-`, `.`, `_`, a space or a digit."""
 WORDS = {
     split: re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?=[-._ 0-9]|$)", re.I) for split, words in SPLITS.items()
 }
@@ -43,27 +43,27 @@ NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_di
 
 @dataclass
 class Found:
-    """What a local path means: files, or in `problem` why they are not read."""
+    """The files of a local path, or in `problem` the reason why they cannot be read."""
 
     files: list[Path] = field(default_factory=list)
     root: Path | None = None
-    """Where the files lie of a directory or a glob; None for a single file."""
+    """The base directory of a directory or a glob; None for a single file."""
     saved: bool = False
     """Whether `save_to_disk` wrote the directory."""
     problem: str = ""
 
 
 def is_local(source: Source) -> bool:
-    """Whether the source is meant to be on this machine; everything else is a hub id."""
+    """Whether the path denotes a local file or directory; otherwise it is a hub id."""
     path = source.path
     if os.path.exists(os.path.expanduser(path)) or path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
         return True
-    # `data/pairs` without a suffix is a slip of the pen, not a hub id, where there is a directory data/.
+    # If the directory data/ exists, `data/pairs` without a suffix is a mistyped local path, not a hub id.
     return path.lower().endswith(READABLE + OTHER_FILES) or ("/" in path and os.path.isdir(path.split("/")[0]))
 
 
 def files(source: Source) -> list[Path]:
-    """The files that hold the source's rows; none where it is a hub id or nothing can be read."""
+    """The files that hold the source's rows; empty for a hub id or if nothing can be read."""
     return find(source).files if is_local(source) else []
 
 
@@ -83,30 +83,30 @@ def find(source: Source) -> Found:
     if stat.S_ISDIR(mode):
         return _shards(source, path)
     if not stat.S_ISREG(mode):
-        return Found(problem=f"{source.path}: is a pipe or a device, and rows are read twice; save them to a file")
+        return Found(problem=f"{source.path}: is a pipe or a device, but rows are read twice; save them to a file")
     problem = "" if kind(path) in READABLE else f"{source.path}: {unreadable(path)}"
     return Found([path], problem=problem)
 
 
 def kind(path: Path) -> str:
-    """The suffix that tells how the rows are written, without that of a compression: `.jsonl` of rows.jsonl.gz."""
+    """The suffix of the file format, without a compression suffix: `.jsonl` for rows.jsonl.gz."""
     name = path.name.lower()
     return Path(name.removesuffix(next((suffix for suffix in PACKED if name.endswith(suffix)), ""))).suffix
 
 
 def unreadable(path: Path) -> str:
-    """Why a file of this name is not read, and what to do."""
+    """The reason why a file of this name cannot be read, and the remedy."""
     name, suffix = path.name.lower(), path.suffix
     if name.endswith(ARCHIVES):
         return f"cannot read a '{suffix}' archive; unpack it and name the files or the directory"
     if suffix.lower() in PACKED:
-        return f"cannot tell what is compressed in it; name it as what it holds, e.g. {path.stem}.jsonl{suffix}"
+        return f"the format of the compressed data is unknown; add its suffix to the file name, e.g. {path.stem}.jsonl{suffix}"
     finding = f"cannot read a '{suffix}' file" if suffix else "cannot read a file without a suffix"
     return f"{finding}; convert it to one of {', '.join(READABLE)}"
 
 
 def _globbed(source: Source, pattern: str) -> Found:
-    """The files that a glob matches; those of one split only where the source names another than train."""
+    """The files that a glob matches; only those of the source's split if it is not train."""
     parts = Path(pattern).parts
     root = Path(*parts[: next(at for at, part in enumerate(parts) if glob.has_magic(part))])
     matched = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
@@ -119,10 +119,10 @@ def _globbed(source: Source, pattern: str) -> Found:
 
 
 def _shards(source: Source, path: Path) -> Found:
-    """The files of a directory that hold the wanted split."""
+    """The files of a directory that hold the requested split."""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return Found(sorted(file for file in path.rglob("*") if file.is_file()), path, saved=True)
-    if (path / "refs" / "main").is_file():  # of a hub cache, whose snapshots hold the same files once a revision
+    if (path / "refs" / "main").is_file():  # a hub cache, which holds one snapshot per revision
         path = path / "snapshots" / (path / "refs" / "main").read_text().strip()
     seen = sorted(_walked(path))
     rows = [file for file in seen if kind(file) in READABLE and file.name not in NO_ROWS]
@@ -131,7 +131,7 @@ def _shards(source: Source, path: Path) -> Found:
         return Found(problem=f"{source.path}: is a run; name the file in it that holds the rows: {_some(there)}")
     if not rows:
         has = f"has {_some([file.relative_to(path) for file in seen])}" if seen else "is empty"
-        return Found(problem=f"{source.path}: a directory without a file of rows ({has}); {_name_one()}")
+        return Found(problem=f"{source.path}: the directory has no data file ({has}); {_name_one()}")
     return _of_split(source, path, rows)
 
 
@@ -149,10 +149,10 @@ def _of_split(source: Source, root: Path, rows: list[Path]) -> Found:
 
 
 def by_split(names: list[str]) -> dict[str, list[str]]:
-    """Split -> the names that belong to it, relative to their directory. All are `train` where none names a split.
+    """Split -> the file names that belong to it, relative to their directory. All are `train` if no name denotes a split.
 
-    First come shards in data/, whose split may have any name; then directories, then files whose names hold a split's
-    word.
+    The first rule that applies is used: shards in data/, whose split may have any name; then directory names with a
+    split's word; then file names with a split's word.
     """
     if sharded := _stems([name for name in names if re.fullmatch(r"data/[^/]+", name)]):
         return sharded
@@ -161,7 +161,7 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
             split: [name for name in names if any(map(word.search, part(name)))] for split, word in WORDS.items()
         }
         by_word = {split: listed for split, listed in by_word.items() if listed}
-        # train_prefs-00000-of-00001 and train_sft-00000-of-00001 both say train, and hold other columns
+        # train_prefs-00000-of-00001 and train_sft-00000-of-00001 are both train, but hold different columns
         if any(len(_stems(listed)) > 1 for listed in by_word.values()):
             return _stems(names)
         if by_word:
@@ -170,7 +170,7 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
 
 
 def _stems(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of shards, by what stands before `-00000-of-00001`."""
+    """Shard names, grouped by the part before `-00000-of-00001`."""
     stems: dict[str, list[str]] = {}
     for name in names:
         if match := SHARD.fullmatch(name.split("/")[-1]):
@@ -179,7 +179,7 @@ def _stems(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _walked(path: Path) -> Iterator[Path]:
-    """Files below a directory, without what hides: `.cache`, `.git`, `__pycache__`."""
+    """Files below a directory, without hidden ones and those in `.cache`, `.git`, `__pycache__` etc."""
     for folder, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         here = (Path(folder, name) for name in names if not name.startswith("."))
@@ -200,7 +200,7 @@ def _name_one() -> str:
 
 
 def _missing(path: str, finding: str = "no such file") -> str:
-    """The line for a file that does not exist, with the nearest one that does."""
+    """The line for a missing file, with the closest name that exists."""
     wanted = Path(os.path.expanduser(path))
     where = "" if wanted.is_absolute() else " (looked in the working directory)"
     folders = [str(folder) for folder in dict.fromkeys((wanted.parent, Path(), Path("data"))) if os.path.isdir(folder)]
@@ -210,16 +210,16 @@ def _missing(path: str, finding: str = "no such file") -> str:
     near = get_close_matches(path, there, n=1) or [file for file in there if Path(file).name == wanted.name]
     if near:
         return f"{path}: {finding}{where}. Did you mean '{near[0]}'?"
-    has = f"there is {', '.join(there[:5])}" if there else "correct the path"
+    has = f"files found: {', '.join(there[:5])}" if there else "correct the path"
     return f"{path}: {finding}{where}; {has}"
 
 
 def fingerprint(source: Source) -> str:
-    """sha256 of a file's bytes, or of the names and bytes of what a directory or a glob stands for;
-    `hub:<id>@<revision>:<split>` of a hub id.
+    """sha256 of a file's bytes, or of the names and bytes of all files of a directory or a glob;
+    `hub:<id>@<revision>:<split>` for a hub id.
 
-    The revision is the one in the local hub cache, `unknown` without one; the network is not touched. Raises DataError
-    for a missing or unreadable file.
+    The revision is the one in the local hub cache, or `unknown`; the network is not used. Raises DataError for a missing
+    or unreadable file.
     """
     if not is_local(source):
         return f"hub:{source.path}@{_cached_revision(source.path)}:{source.split}"

@@ -1,4 +1,4 @@
-"""Rows -> groups: which of the formats people bring a source has, and what a row of it says.
+"""Rows -> groups: recognises a source's format and converts its rows.
 
 `recognise` looks at the first rows' columns, `to_group` turns one row into a prompt and its responses, best first.
 """
@@ -19,7 +19,7 @@ from align_cli.recipe.sections import Source
 
 Row = dict[str, Any]
 Need = Literal["demonstrations", "preferences", "labels", "prompts"]
-"""What a stage takes from a row: >= 1 response; >= 2 ordered, distinct responses; a KTO label; only the prompt."""
+"""What a stage needs from a row: >= 1 response; >= 2 ordered, distinct responses; a KTO label; only the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +30,19 @@ class Group:
     """Up to where the response begins; may hold several turns."""
     responses: list[list[Message]]
     """Best first. Each begins and ends with an assistant turn; one taken from `messages` runs from the first assistant
-    turn to the last, so user turns may lie inside. Empty where only prompts are needed."""
+    turn to the last, so it may contain user turns. Empty where only prompts are needed."""
     scores: list[float] | None = None
-    """One a response, higher is better, where the source has them."""
+    """One per response, higher is better; None if the source has no scores."""
     label: bool | None = None
     """KTO: whether the response is a good one."""
     place: str = ""
     """`data/pairs.jsonl:17`, `data/pairs.parquet#17`."""
     probability: float | None = None
-    """A soft label: how probable it is that the first of two responses is the better one, 0.5 to 1."""
+    """Soft label: probability that the first of two responses is the better one, 0.5 to 1."""
     count: Count | None = field(default=None, compare=False, repr=False)
-    """Of its source's rows; a group that is dropped on the way to tokens is entered there."""
+    """The row count of its source; a group that is dropped during tokenization is counted there."""
     cells: Row = field(default_factory=dict, compare=False, repr=False)
-    """Other columns of the row that were asked for."""
+    """Further columns of the row that the caller requested."""
     tools: list[dict[str, Any]] | None = None
     """The functions that the assistant may call, as JSON schemas."""
 
@@ -62,10 +62,10 @@ WANTS: dict[str, tuple[str, ...]] = {
     "implicit-prompt": ("chosen", "rejected"),
     "prompt": ("prompt",),
 }
-"""Format -> the columns it is made of."""
+"""Format -> the columns it requires."""
 SCORED_PAIR = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-"""Columns of `scored` in its other shape, which only a source that names the format has: published preference files
-carry such columns from all kinds of raters."""
+"""Columns of the pair variant of `scored`. It is used only if the source sets the format, since published preference
+files have such columns from all kinds of raters."""
 
 SERVES: dict[Need, tuple[str, ...]] = {
     "demonstrations": (
@@ -87,8 +87,8 @@ NEEDS: dict[Need, str] = {
 
 
 def recognise(rows: list[Row], source: Source, need: Need) -> str:
-    """The format of a source from its first rows, or the one it names if its columns are there. Raises Broken."""
-    # The union over rows: a column that only a broken row lacks is that row's trouble.
+    """The format of a source from its first rows, or the one it names if its columns exist. Raises Broken."""
+    # The union over rows: a column that only one broken row lacks is reported for that row.
     columns: Row = {}
     for row in rows:
         for name, value in row.items():
@@ -176,7 +176,7 @@ def _winner_named(columns: Row, need: Need) -> tuple[str, str, str] | None:
 
 
 def normalised(row: Row, source: Source) -> Row:
-    """The row with what stands as text, or under the columns of another format, where ours are."""
+    """The row with lists parsed from text, and with our column names added for those of other formats."""
     row = parsed(row)
     more: Row = {}
     answered = any(name in row for name in ("chosen", "completion", "responses", "better")) or winners.pair(row)
@@ -202,7 +202,7 @@ def normalised(row: Row, source: Source) -> Row:
 
 
 def _joined(row: Row, column: str) -> str:
-    """An instruction with its input, as Alpaca's rows are read."""
+    """An instruction joined with its input, as for Alpaca rows."""
     more = row.get("input")
     return f"{row[column]}\n\n{more}" if isinstance(more, str) and more.strip() else row[column]
 
@@ -285,29 +285,30 @@ def to_group(row: Row, place: str, name: str, need: Need, drop_empty: bool = Fal
         if drop_empty:
             raise Dropped("empty response", str(error)) from None
         raise Broken(f"{error} is empty; remove the row or set data.drop_empty=true") from None
-    # a ranking gives labels, too: its best response is a good one
+    # a ranking gives labels, too: its best response counts as good
     compared = need == "preferences" or (need == "labels" and draft.label is None)
     group = _ordered(draft, place, compared, _probability(row, draft) if compared else None)
     return replace(group, tools=tools) if tools else group
 
 
 def _probability(row: Row, draft: turns.Draft) -> float | None:
-    """The soft label of a pair, that its first response is the better one. Raises Broken."""
+    """The soft label of a pair: probability that its first response is the better one. Raises Broken."""
     value = row.get("probability")
     if value is None:
         return None
     number = turns.number(value)
     if number is None or not 0 <= number <= 1:
         raise Broken(
-            f"'probability' is {value!r:.40}; it must be a number from 0 to 1: that the first response is better"
+            f"'probability' is {value!r:.40}; it must be a number from 0 to 1, the probability that the first response is"
+            " better"
         )
     if len(draft.responses) != 2:
-        raise Broken(f"'probability' stands beside {len(draft.responses)} responses; it labels a pair")
+        raise Broken(f"'probability' is given for {len(draft.responses)} responses; it is valid only for a pair")
     return number
 
 
 def _check_prompt(prompt: list[Message]) -> None:
-    """Raises Dropped for a prompt that nothing can answer."""
+    """Raise Dropped for an empty prompt, or one that does not end with a user or tool turn."""
     if not prompt or not prompt[-1]["content"].strip():
         if prompt and prompt[-1]["role"] == "assistant":
             raise Dropped("the prompt does not end with a user turn", prompt[0]["content"])
@@ -317,7 +318,7 @@ def _check_prompt(prompt: list[Message]) -> None:
 
 
 def _check_response(response: list[Message], name: str) -> None:
-    """Raises Empty for a response without text, Dropped for one that is not the assistant's."""
+    """Raise Empty for a response without text, Dropped if it does not begin and end with an assistant turn."""
     if not response or any(turn["role"] == "assistant" and _silent(turn) for turn in response):
         raise Empty(name)
     if response[0]["role"] != "assistant" or response[-1]["role"] != "assistant":
@@ -326,7 +327,7 @@ def _check_response(response: list[Message], name: str) -> None:
 
 
 def _silent(turn: Message) -> bool:
-    """Whether an assistant turn says nothing: no text, no call, no thought."""
+    """Whether an assistant turn is empty: no text, no call, no thought."""
     return not (turn["content"].strip() or turn.get("tool_calls") or turn.get(THOUGHT))
 
 
@@ -360,7 +361,7 @@ def _ordered(draft: turns.Draft, place: str, compared: bool, probability: float 
 
 
 def _prompt_alone(row: Row, name: str) -> list[Message]:
-    """The prompt of a row, whatever its responses are. Raises Broken."""
+    """The prompt of a row; its responses are not checked. Raises Broken."""
     match name:
         case "messages" | "sharegpt":
             column = "messages" if name == "messages" else "conversations"

@@ -1,7 +1,7 @@
-"""Sources -> groups for training and evaluation: the checks, the counts, the split and the mixture.
+"""Sources -> groups for training and evaluation: checks, counts, the eval split and the mixture.
 
-Nothing disappears silently: of every source, rows read = rows used + rows dropped, each with its reason and its first
-example. Rows used are counted before the split and the weights, so a weight of 2 does not double them.
+No row is dropped silently: for every source, rows read = rows used + rows dropped, and each drop reason is counted with
+its first example. Rows used are counted before the split and the weights, so a weight of 2 does not double them.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ __all__ = ["Count", "Group", "Groups", "Message", "Need", "check_sources", "labe
 __all__ += ["read_groups", "stream_eval", "stream_groups"]
 
 SAMPLE = 64
-"""First rows that a format is recognised from."""
+"""Number of first rows from which a format is recognised."""
 LINES = 20
-"""Problems of one source that are printed."""
+"""Most problems of one source that are printed."""
 STREAMED_EVAL = 512
-"""Most groups that a fraction holds out for evaluation while streaming."""
+"""Most groups held out for evaluation by a fraction in `data.eval` while streaming."""
 PAIRINGS = ("best-worst", "best-random", "adjacent", "all")
 LABELLINGS = ("best-worst", "best-rest")
 CHECKED = 64 << 20
-"""Bytes of a file that `align check` reads."""
+"""Most bytes of a source that `align check` reads."""
 
 
 @dataclass
@@ -56,11 +56,11 @@ class Groups:
     eval: list[Group]
     counts: list[Count]
     leaked: int = 0
-    """Groups of the eval sources whose prompt is trained on, too."""
+    """Groups of the eval sources whose prompt also occurs in the training groups."""
 
 
 class Problems:
-    """The lines of one source, of which only so many are printed."""
+    """The problems of one source, one line each; only the first LINES are printed."""
 
     def __init__(self, source: Source):
         self.path, self.shown, self.total = source.path, [], 0
@@ -76,8 +76,8 @@ class Problems:
 
 
 def read_groups(data: Data, need: Need, seed: int, cells: Sequence[str] = ()) -> Groups:
-    """All groups in memory, split and weighted, with the named columns of their rows. Raises DataError with every
-    problem of every source."""
+    """Read all groups into memory, split and weighted; the training groups keep the row's columns named in `cells`.
+    Raises DataError with every problem of every source."""
     lines, counts = _fraction_lines(data), _counts(data)
     train = [_read_source(*of, data, need, lines, cells) for of in zip(data.train, counts, strict=False)]
     evals = [_read_source(*of, data, need, lines) for of in zip(_eval_sources(data), counts[len(train) :], strict=True)]
@@ -100,10 +100,12 @@ def read_groups(data: Data, need: Need, seed: int, cells: Sequence[str] = ()) ->
 
 
 def stream_groups(data: Data, need: Need, seed: int, counts: list[Count]) -> Iterator[Group]:
-    """One epoch of training groups, one row in memory at a time; puts a Count a source before `counts` and fills it.
+    """One epoch of training groups, with one row in memory at a time. Inserts one Count per source at the front of
+    `counts`, and fills it while reading.
 
     Sources are interleaved in proportion to their weights; a weight of 2.5 reads a source three times, the last time
-    the half of its rows. Raises DataError at the first broken row, and at the end of a source that dropped too many.
+    only half of its rows. Raises DataError at the first broken row, and at the end of a source if too many rows were
+    dropped.
     """
     raise_all(DataError, _fraction_lines(data))
     held_out = data.eval if isinstance(data.eval, float) else 0.0
@@ -118,8 +120,8 @@ def stream_groups(data: Data, need: Need, seed: int, counts: list[Count]) -> Ite
 
 
 def stream_eval(data: Data, need: Need, seed: int, counts: list[Count]) -> list[Group]:
-    """The groups of the eval sources, whose counts are added to `counts`, or, for a fraction, the first 512 that
-    streaming holds out. Raises DataError."""
+    """The eval groups for streaming. Eval sources are read whole, and their counts are added to `counts`; a fraction
+    gives the first 512 groups that are held out of the training sources. Raises DataError."""
     lines, opened = _fraction_lines(data), _counts(data)[len(data.train) :]
     evals = [_read_source(*of, data, need, lines) for of in zip(_eval_sources(data), opened, strict=True)]
     raise_all(DataError, lines)
@@ -131,17 +133,17 @@ def stream_eval(data: Data, need: Need, seed: int, counts: list[Count]) -> list[
     chosen = (g for g in interleaved(streams, [1.0] * len(streams)) if share(seed, "split", g.prompt) < data.eval)
     if groups := list(islice(chosen, STREAMED_EVAL)):
         return groups
-    raise DataError(f"data.eval: {data.eval:g} of the prompts is none here; raise it or name an eval source")
+    raise DataError(f"data.eval: a fraction of {data.eval:g} holds out no prompt; raise it or name an eval source")
 
 
 def check_sources(
     data: Data, need: Need, *, cells: Sequence[str] = (), max_bytes: int = CHECKED, tokenizer: Any = None
 ) -> tuple[list[str], list[Count]]:
-    """Every problem, one line each, and the counts; hub ids are not touched. With a `tokenizer`, which needs no more
-    than a chat template, the first rows of every source that its template refuses are dropped.
+    """Every problem, one line each, and the counts; hub ids are skipped. With a `tokenizer` (a chat template and special
+    tokens are enough), the first rows of every source are rendered, and those the template refuses count as dropped.
 
-    At most `max_bytes` of each file are looked at, and `Count.partial` says where that was not all of it. The
-    fingerprint is of the whole file.
+    At most about `max_bytes` of each source are read; `Count.partial` says whether that was only a part. The fingerprint
+    is always that of the whole source.
     """
     lines, counts, prompts = _fraction_lines(data), [], set()
     refused = None if tokenizer is None else refusals.checker(tokenizer, need)
@@ -154,7 +156,7 @@ def check_sources(
         for group in _groups_of(source, data, need, count, problems, None if whole else max_bytes, cells, refused):
             if len(prompts) < 2:
                 prompts.add(canonical(group.prompt))
-        # of all bytes, or a finished run of a large file would never be found unchanged
+        # of all bytes: otherwise a finished run on a large file would always look changed
         if local and not problems.total:
             count.fingerprint = fingerprint(source)
         lines += problems.lines()
@@ -174,8 +176,8 @@ def _groups_of(
     cells: Sequence[str] = (),
     refused: Callable[[Group], str | None] | None = None,
 ) -> Iterator[Group]:
-    """Groups of a source in its order, as the recipe's data section wants them; fills `count`, and reports what is
-    broken. `refused` says why one of the first rows would be left out on the way to tokens."""
+    """Groups of a source in file order, according to the recipe's data section. Fills `count`, and reports broken rows.
+    `refused` returns the reason if one of the first rows would be dropped during tokenization."""
     broken = Problems(source)
 
     def tell(line: str) -> None:
@@ -211,7 +213,7 @@ def _groups_of(
             group = to_group(row, place, count.format, need, drop_empty)
             if missing := [name for name in cells if row.get(name) is None]:
                 raise Broken(
-                    f"'{missing[0]}' is missing, which responses are to be compared with; correct or remove the row"
+                    f"'{missing[0]}' is missing, but responses are compared with it; correct or remove the row"
                 )
         except Dropped as dropped:
             count.drop(place, dropped)
@@ -247,7 +249,7 @@ def _like_ranks(group: Group) -> bool:
 
 
 def _watched(row: Row, source: Source, seen: dict[str, None], strange: set[str]) -> Row:
-    """The row in our terms; notes its columns, and the keys of its turns that are not read."""
+    """The normalised row. Records its columns in `seen`, and unread keys of its turns in `strange`."""
     seen |= dict.fromkeys(name for name, value in row.items() if value is not None)
     row = normalised(row, source)
     strange |= unread_keys(row)
@@ -292,7 +294,7 @@ def _too_few(fraction: float) -> str:
 
 
 def _passes(source: Source, data: Data, need: Need, seed: int, count: Count, held_out: float) -> Iterator[Group]:
-    """Training groups of a streamed source, as often as its weight says; `count` is of the first pass."""
+    """Training groups of a streamed source, repeated by its weight; only the first pass fills `count`."""
     whole, part = int(source.weight), source.weight - int(source.weight)
     for number in range(whole + bool(part)):
         counted = count if number == 0 else Count(source.path)

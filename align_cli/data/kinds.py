@@ -1,4 +1,4 @@
-"""Strings or messages: each column of a source holds one of the two, and a row that holds the other is broken."""
+"""Checks that a column holds only strings or only message lists; a row that holds the other kind is broken."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from align_cli.data.format import WANTS, Need
 from align_cli.data.turns import Broken
 
 TEXTS = ("prompt", "completion", "chosen", "rejected", "responses")
-"""Columns that hold strings or messages, but one of the two in all rows: a mixture comes from a broken conversion."""
+"""Columns that hold strings or message lists, the same kind in all rows; a mixture means a broken conversion."""
 KINDS = {turns.STRING, turns.MESSAGES}
 
 
 def text_columns(name: str, need: Need) -> tuple[str, ...]:
-    """The columns of a format that hold strings or messages, one of the two in every row."""
+    """The columns of a format that hold strings or message lists, the same kind in every row."""
     if need == "prompts":
         return ("prompt",)
     wants = {"hh": WANTS["preference"], "scored": (*WANTS["preference"], "responses")}.get(name, WANTS[name])
@@ -22,7 +22,7 @@ def text_columns(name: str, need: Need) -> tuple[str, ...]:
 
 
 def note_kinds(row: dict[str, Any], place: str, columns: tuple[str, ...], seen: dict[str, tuple[str, str]]) -> None:
-    """Notes in `seen` where a column first held strings or messages. Raises Broken where a row holds the other."""
+    """Record in `seen` the kind of each column and its first place. Raises Broken if a row holds the other kind."""
     kinds = {column: turns.kind(row.get(column)) for column in columns}
     if isinstance(row.get("responses"), list) and "responses" in kinds:
         of_row = {turns.kind(item) for item in row["responses"]}

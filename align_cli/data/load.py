@@ -1,9 +1,9 @@
 """Sources -> rows: one iterator over JSON, JSON lines, CSV, Parquet, `datasets` directories and hub ids.
 
-Nothing but one row, or one Parquet batch, is held in memory. A row comes with its place (`data/pairs.jsonl:17`,
-`data/pairs.parquet#17`), which every later message about it names. What is broken goes to `report`, one line each, so
-that a caller can collect all of it; without one the first broken thing raises. A file of which no row can be read gets
-one line, not one a row.
+Only one row, or one Parquet batch, is held in memory. Each row comes with its place (`data/pairs.jsonl:17`,
+`data/pairs.parquet#17`), which every later message about it names. Problems go to `report`, one line each, so that the
+caller can collect all of them; by default, the first problem raises. If none of a file's first rows can be read, the
+file gets one line, not one per row.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Report = Callable[[str], None]
 Row = dict[str, Any]
 
 FIRST = 5
-"""Rows at the head of a file that, all broken, make it a file of another kind."""
+"""If so many first rows of a file are all broken, it is reported as a file of another kind."""
 
 
 def refuse(line: str) -> NoReturn:
-    """The `report` of a caller that stops at the first broken thing: raises DataError."""
+    """The default `report`: stops at the first problem. Raises DataError."""
     raise DataError(line)
 
 
@@ -39,9 +39,10 @@ def read_rows(
     source: Source, report: Report = refuse, *, max_bytes: int | None = None, streaming: bool = False
 ) -> Iterator[tuple[str, Row]]:
     """(place, row) of every row, with `source.columns` applied; at most about `max_bytes` of a local source are read,
-    some of each of its files.
+    in equal parts from each of its files.
 
-    Raises DataError, or calls `report` and goes on, for a missing file, broken JSON, a row that is not an object.
+    Calls `report` and continues for a missing file, broken JSON, or a row that is not an object; the default `report`
+    raises DataError.
     """
     rows = _local_rows(source, report, max_bytes) if is_local(source) else _hub_rows(source, report, streaming)
     yield from renamed(rows, source, report)
@@ -77,7 +78,7 @@ def _local_rows(source: Source, report: Report, max_bytes: int | None) -> Iterat
 
 
 def _objects(name: str, rows: Iterator[tuple[str, Any]], report: Report) -> Iterator[tuple[str, Row]]:
-    """The rows that are objects; reports each of the others, or the file, if none of its first rows is one."""
+    """The rows that are objects. Reports every other row, or the whole file if none of its first rows is an object."""
     broken: list[tuple[str, Fault]] = []
     read = False
     for place, row in rows:
@@ -116,7 +117,7 @@ def _saved_rows(source: Source, path: Path, report: Report, max_bytes: int | Non
 
     try:
         saved = load_from_disk(str(path))
-    except Exception as error:  # whatever datasets meets in a damaged directory
+    except Exception as error:  # datasets raises errors of any type for a damaged directory
         return report(f"{source.path}: not a readable datasets directory ({first_line(error)}); save it again")
     if isinstance(saved, DatasetDict):
         if source.split not in saved:
@@ -139,11 +140,11 @@ def _hub_rows(source: Source, report: Report, streaming: bool) -> Iterator[tuple
 
 
 def _not_text(name: str, path: Path, error: UnicodeDecodeError) -> str:
-    """The line for bytes that are not in the file's encoding."""
+    """The line for bytes that are invalid in the file's encoding."""
     if path.suffix.lower() in PACKED and not packing(path):
-        return f"{name}: holds no {path.suffix} archive, as its name says; fetch or write it again"
+        return f"{name}: is not a {path.suffix} archive, although its name says so; fetch or write it again"
     if not error.encoding.lower().startswith("utf-8"):
-        mark = "as the byte order mark at its beginning says"
+        mark = "although it starts with that byte order mark"
         return f"{name}: not {error.encoding.upper()} ({error.reason}), {mark}; save it as UTF-8"
     with opened(path) as file:
         number, bad = next((number, at) for number, line in enumerate(file, 1) if (at := _undecodable(line)))
@@ -159,7 +160,7 @@ def _undecodable(line: bytes) -> str:
 
 
 def _damage(path: Path, error: Exception) -> str:
-    """What is wrong with a file whose bytes cannot be had, and what to do."""
+    """The problem of a file whose bytes cannot be read, and the remedy."""
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read ({error.strerror}); correct the file or its permissions"
     return f"a damaged {packing(path) or 'file'} ({first_line(error)}); fetch or write it again"
