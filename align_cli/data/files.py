@@ -100,7 +100,7 @@ def unreadable(path: Path) -> str:
     if name.endswith(ARCHIVES):
         return f"cannot read a '{suffix}' archive; unpack it and name the files or the directory"
     if suffix.lower() in PACKED:
-        return f"the format of the compressed data is unknown; add its suffix to the file name, e.g. {path.stem}.jsonl{suffix}"
+        return f"the format of the compressed file is unknown; add it to the name, e.g. {path.stem}.jsonl{suffix}"
     finding = f"cannot read a '{suffix}' file" if suffix else "cannot read a file without a suffix"
     return f"{finding}; convert it to one of {', '.join(READABLE)}"
 
@@ -149,7 +149,7 @@ def _of_split(source: Source, root: Path, rows: list[Path]) -> Found:
 
 
 def by_split(names: list[str]) -> dict[str, list[str]]:
-    """Split -> the file names that belong to it, relative to their directory. All are `train` if no name denotes a split.
+    """Split -> the file names that belong to it, relative to their directory. Without a split's name, all are `train`.
 
     The first rule that applies is used: shards in data/, whose split may have any name; then directory names with a
     split's word; then file names with a split's word.
@@ -218,8 +218,8 @@ def fingerprint(source: Source) -> str:
     """sha256 of a file's bytes, or of the names and bytes of all files of a directory or a glob;
     `hub:<id>@<revision>:<split>` for a hub id.
 
-    The revision is the one in the local hub cache, or `unknown`; the network is not used. Raises DataError for a missing
-    or unreadable file.
+    The revision is the one in the local hub cache, or `unknown`; the network is not used. Raises DataError for a
+    missing or unreadable file.
     """
     if not is_local(source):
         return f"hub:{source.path}@{_cached_revision(source.path)}:{source.split}"

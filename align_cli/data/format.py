@@ -299,8 +299,8 @@ def _probability(row: Row, draft: turns.Draft) -> float | None:
     number = turns.number(value)
     if number is None or not 0 <= number <= 1:
         raise Broken(
-            f"'probability' is {value!r:.40}; it must be a number from 0 to 1, the probability that the first response is"
-            " better"
+            f"'probability' is {value!r:.40}; it must be a number from 0 to 1, the probability that the first response"
+            " is better"
         )
     if len(draft.responses) != 2:
         raise Broken(f"'probability' is given for {len(draft.responses)} responses; it is valid only for a pair")

@@ -139,11 +139,12 @@ def stream_eval(data: Data, need: Need, seed: int, counts: list[Count]) -> list[
 def check_sources(
     data: Data, need: Need, *, cells: Sequence[str] = (), max_bytes: int = CHECKED, tokenizer: Any = None
 ) -> tuple[list[str], list[Count]]:
-    """Every problem, one line each, and the counts; hub ids are skipped. With a `tokenizer` (a chat template and special
-    tokens are enough), the first rows of every source are rendered, and those the template refuses count as dropped.
+    """Every problem, one line each, and the counts; hub ids are skipped. With a `tokenizer` (a chat template and
+    special tokens are enough), the first rows of every source are rendered, and those that the template refuses are
+    counted as dropped.
 
-    At most about `max_bytes` of each source are read; `Count.partial` says whether that was only a part. The fingerprint
-    is always that of the whole source.
+    At most about `max_bytes` of each source are read; `Count.partial` says whether that was only a part. The
+    fingerprint is always that of the whole source.
     """
     lines, counts, prompts = _fraction_lines(data), [], set()
     refused = None if tokenizer is None else refusals.checker(tokenizer, need)

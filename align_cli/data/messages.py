@@ -1,8 +1,8 @@
-"""What people write for chat messages -> ours: `role`, `content`, and what else says something.
+"""Converts the chat messages of published data sets to ours: `role`, `content`, and optional keys.
 
-A message holds `role` (system, user, assistant or tool) and `content` (text), and, only where there is one, the thought
-of an assistant turn as `reasoning_content`, its `tool_calls`, a tool turn's `name` and `tool_call_id`, and
-`train: False` for a turn that is seen and not trained.
+A message has `role` (system, user, assistant or tool) and `content` (text). Optional are `reasoning_content` (the
+thought of an assistant turn) and `tool_calls`, `name` and `tool_call_id` of a tool turn, and `train: False` for a turn
+that the model sees but is not trained on.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ SPOKEN_ROLES = ROLES | {
     "function": "tool",
     "function_call": "assistant",
 }
-"""Those of ShareGPT files."""
+"""Roles in ShareGPT files -> ours."""
 THOUGHTS = (THOUGHT, "thinking", "reasoning")
-"""Names under which people keep a thought."""
+"""Keys that may hold the thought (reasoning) of an assistant turn."""
 KNOWN = {"role", "content", "from", "value", *THOUGHTS, "tool_calls", "function_call", "tool_call_id", "name"}
 FLAGS = ("weight", "train", "train_on_turn", "training")
 """Keys that say whether a turn is trained (OpenAI, axolotl)."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURES = ("images", "image", "image_url", "videos", "video", "audios", "audio", "input_audio")
-"""Columns, keys and kinds of parts that no stage uses."""
+"""Columns, keys and part types of images, video and audio, which no stage uses."""
 LISTS = ("messages", "conversations", "prompt", "chosen", "rejected", "completion", "responses", "scores", "ranks")
-"""Columns in which lists may stand as text, as CSV files and pandas write them."""
+"""Columns whose lists may be stored as text, as CSV files and pandas write them."""
 NESTED = ("tools", "functions", "history", *LISTS)
 
 
 def parsed(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with lists that stand as JSON or Python text read; text that is not a list of messages stays text."""
+    """The row with lists parsed from JSON or Python text; text that is not a list of messages stays text."""
     changed = {}
     for name in NESTED:
         value = row.get(name)
@@ -57,7 +57,7 @@ def parsed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _list(text: str, any_list: bool = False) -> Any:
-    """The list that a text holds; None where it is not a list of messages, or not a list at all."""
+    """The list in a text; None if it is not a list or, without `any_list`, not a list of messages."""
     stripped = text.strip()
     if not (any_list or stripped.startswith(("[{", "{")) or stripped[1:2].isspace()):
         return None
@@ -109,7 +109,7 @@ def _message(turn: Any, where: str, sharegpt: bool) -> Message:
         raise Broken(f"{where} has the unknown {role_key} '{turn[role_key]}'; known are {known}")
     for key in PICTURES:
         if turn.get(key):
-            raise Broken(f"{where} holds '{key}', which no stage uses; remove the row, or the key and its marks")
+            raise Broken(f"{where} holds '{key}', which no stage uses; remove the row, or the key and its placeholders")
     if sharegpt and turn[role_key] == "function_call":
         calls, text = [_call(text, where)], ""
     made: Message = {"role": roles[turn[role_key]], "content": text}
@@ -134,7 +134,7 @@ def _parts(parts: list[Any], where: str) -> str:
             raise Broken(f"{where} has a part of type '{part['type']}' without a text; correct or remove the row")
         else:
             what = f"of type '{part.get('type')}'" if isinstance(part, dict) else f"that is {kind(part)}"
-            raise Broken(f"{where} has a part {what} in its content, and only parts of text are used; remove the row")
+            raise Broken(f"{where} has a part {what} in its content, but only text parts are used; remove the row")
     return "".join(texts)
 
 
@@ -158,7 +158,7 @@ def _calls(turn: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call of a function, its arguments as an object. Raises Broken."""
+    """A function call with its arguments as an object. Raises Broken."""
     if isinstance(call, str):
         call = _json(call, where)
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -189,12 +189,12 @@ def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         tools = _json(tools, "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Broken(f"'tools' is {kind(tools)}; it must be a list of objects, one a function")
+        raise Broken(f"'tools' is {kind(tools)}; it must be a list of objects, one per function")
     return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def unread_keys(row: dict[str, Any]) -> set[str]:
-    """Keys of the row's turns that say something and are not read."""
+    """Keys of the row's turns that have a value but are not read."""
     unread: set[str] = set()
     for name in ("messages", "conversations", "prompt", "chosen", "rejected", "completion"):
         for turn in row[name] if isinstance(row.get(name), list) else ():

@@ -1,4 +1,4 @@
-"""The prompts of `samples`, which a run answers before and after: a list in the recipe, or any file of rows."""
+"""The prompts of `samples`, which a run answers before and after training: a list in the recipe, or a file of rows."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from align_cli.errors import DataError, did_you_mean, raise_all
 from align_cli.recipe.sections import Samples, Source
 
 LINES = 20
-"""Problems of one file that are printed."""
+"""Most problems of one file that are printed."""
 WHERE = "samples.prompts"
 
 
 def sample_prompts(samples: Samples, tokenizer: Any = None) -> list[Row]:
-    """A row a prompt, with the other columns of its file: `prompt` is a string or a list of messages.
+    """One row per prompt, with the other columns of its file; `prompt` is a string or a list of messages.
 
-    With a `tokenizer`, which needs no more than a chat template, each prompt is rendered. Raises DataError with every
-    problem, one line each.
+    With a `tokenizer` (a chat template is enough), each prompt is rendered. Raises DataError with every problem, one
+    line each.
     """
     if isinstance(samples.prompts, list):
         empty = [at for at, prompt in enumerate(samples.prompts) if not prompt.strip()]
@@ -34,7 +34,7 @@ def sample_prompts(samples: Samples, tokenizer: Any = None) -> list[Row]:
     if not rows:
         raise DataError(f"{WHERE}: holds no prompts; write some, or leave samples out")
     refused = [
-        f"{WHERE}: {excerpt(row['prompt'])}: {why}; write the prompt as the messages that the template wants"
+        f"{WHERE}: {excerpt(row['prompt'])}: {why}; write the prompt as messages that the template accepts"
         for row in rows
         if tokenizer is not None and (why := _refused(tokenizer, as_messages(row["prompt"])))
     ]
@@ -110,18 +110,18 @@ def _prompt(row: Row, column: str, place: str) -> Row:
     if not messages or all(isinstance(turn["content"], str) and not turn["content"].strip() for turn in messages):
         raise Broken(f"'{column}' is empty; write a prompt or remove the row")
     prompt = value if isinstance(value, str) else messages
-    # samples.jsonl holds JSON alone, and Parquet has dates, bytes and decimals, too
+    # samples.jsonl can hold only JSON values, but Parquet also has dates, bytes and decimals
     rest = {name: other for name, other in row.items() if name != column}
     text = json.dumps({"prompt": prompt} | rest, ensure_ascii=False, default=str)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Broken(f"holds half a character ({text[error.start]!r}); correct the row") from None
+        raise Broken(f"holds half of a surrogate pair ({text[error.start]!r}); correct the row") from None
     return json.loads(text)
 
 
 def _cell(value: Any, place: str) -> Any:
-    """Messages that a CSV cell holds as JSON; any other value as it is."""
+    """The messages that a CSV cell holds as JSON; any other value unchanged."""
     table = kind(Path(place.rpartition(":")[0])) in (".csv", ".tsv")
     if not table or not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value

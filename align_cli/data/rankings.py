@@ -1,4 +1,4 @@
-"""Groups -> rows for a reward model: the prompt's tokens once, and each response's, with its place in the ranking."""
+"""Groups -> rows for a reward model: the tokens of the prompt, and the tokens and rank of each response."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def levels(group: Group) -> list[int]:
 
 
 def ties(group: Group) -> int:
-    """Pairs of the group's responses that are tied, and so in no comparison."""
+    """Number of tied pairs among the group's responses; they enter no comparison."""
     order = levels(group)
     return sum(order[i] == order[j] for i in range(len(order)) for j in range(i))
 
@@ -28,11 +28,11 @@ def ties(group: Group) -> int:
 def rm_rows(
     tokenizer: Any, groups: Iterable[Group], *, max_length: int, max_prompt_length: int | None, tally: Tally
 ) -> Iterator[dict[str, Any]]:
-    """`prompt_ids`, `responses` (K lists of ids, best first), `levels`, `grades` (the source's scores, or none) and
-    `probability` (that the first is the better one, where the label is soft).
+    """`prompt_ids`, `responses` (K lists of ids, best first), `levels`, `grades` (the source's scores, or empty) and
+    `probability` (the soft label that the first response is the better one, or None).
 
-    A response ends with the token that closes its turn, where the score is read, unless it had to be cut. What is cut
-    so that it repeats a better one is left out, and a group that this leaves with one response is dropped.
+    A response ends with the token that closes its turn, where the score is read, unless it is truncated. A response
+    that truncation makes equal to a better one is left out; a group left with fewer than two levels is dropped.
     """
     for group in groups:
         fit = fitting(tokenizer, group, max_length, max_prompt_length, tally)

@@ -1,4 +1,4 @@
-"""What a chat template refuses or loses of a recipe's rows, before anything is loaded. Imports no torch."""
+"""Finds rows that a chat template refuses or leaves parts out of, before a model is loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from align_cli.data.format import Group, Need
 from align_cli.data.template import Unrenderable
 
 RENDERED = 1000
-"""First rows of a source that `align check` renders."""
+"""Number of first rows of a source that `align check` renders."""
 
 
 def checker(tokenizer: Any, need: Need) -> Callable[[Group], str | None]:
-    """A function that gives the reason for which a group would be left out, or None. `tokenizer` needs no more than a
-    chat template and its special tokens."""
+    """A function that returns the reason why a group would be dropped, or None. Of `tokenizer`, only the chat template
+    and the special tokens are needed."""
     rendering = template.of(tokenizer)
 
-    def refused(group: Group, kept: Any = tokenizer) -> str | None:  # a template does not keep its tokenizer alive
+    def refused(group: Group, kept: Any = tokenizer) -> str | None:  # keeps it alive: a Template holds a weak reference
         try:
             if need == "prompts":
                 rendering.render(group.prompt, prompt=True, tools=group.tools).encode()

@@ -1,6 +1,6 @@
-"""One file -> its rows: JSON, JSON lines, CSV or Parquet, compressed or not, in whatever encoding it says it has.
+"""One file -> its rows: JSON, JSON lines, CSV or Parquet, compressed or not, in the encoding of its byte order mark.
 
-Nothing but one row, or one Parquet batch, is held in memory. A row comes with its place: `pairs.jsonl:17` is a line,
+Only one row, or one Parquet batch, is held in memory. Each row comes with its place: `pairs.jsonl:17` is a line,
 `pairs.parquet#17` a row.
 """
 
@@ -20,37 +20,37 @@ from align_cli.data.files import PACKED, kind
 
 LFS = b"version https://git-lfs"
 CHUNK = 1 << 20  # characters read at a time from a JSON array
-OBJECT = 64 << 20  # characters looked at to tell one object over many lines from broken lines
+OBJECT = 64 << 20  # characters read to distinguish one object over many lines from broken lines
 BLANKS = re.compile(r"\s*")
 CSV_JSON = ("messages", "conversations", "responses", "scores")  # lists; a CSV cell holds them as JSON
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 class NotRows(Exception):
-    """A file that cannot be read on; says what was found and what to do, without the name."""
+    """The file cannot be read any further; the message has finding and remedy, without the file's name."""
 
 
 @dataclass
 class Fault:
-    """Stands for a row that cannot be read."""
+    """Placeholder for a row that cannot be read."""
 
     finding: str
     remedy: str
     remedy_of_all: str = ""
-    """What to do where no row of the file can be read; the same as `remedy` if empty."""
+    """Remedy if no row of the file can be read; `remedy` if empty."""
     text: str = ""
-    """What stands there."""
+    """The row's text."""
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON, null is")
+    raise ValueError(f"{name} is not allowed in JSON, null is")
 
 
 DECODER = json.JSONDecoder(parse_constant=_no_number)
 
 
 def file_rows(name: str, path: Path, max_bytes: int | None) -> Iterator[tuple[str, Any]]:
-    """(place, row, or the Fault in its place). Raises NotRows and what broken bytes raise."""
+    """(place, row or Fault) of every row. Raises NotRows, and the decoders' errors for broken bytes."""
     suffix = kind(path)
     with path.open("rb") as file:
         parquet = suffix == ".parquet" or file.read(4) == b"PAR1"
@@ -63,7 +63,7 @@ def file_rows(name: str, path: Path, max_bytes: int | None) -> Iterator[tuple[st
         return
     with _text(path) as file:
         array = _opens_array(file.read(CHUNK))
-    with _text(path) as file:  # lines end at \n alone: a lone \r may stand inside a string
+    with _text(path) as file:  # lines end only at \n: a lone \r may occur inside a string
         if array:
             yield from _array_rows(name, file, max_bytes)
         else:
@@ -74,12 +74,12 @@ def _text(path: Path, newline: str = "\n") -> TextIO:
     with opened(path) as stream:
         first = stream.read(4)
     if encoding(first) == "utf-8-sig" and b"\0" in first:
-        raise NotRows("no text in UTF-8, it holds zero bytes (UTF-16 without its byte order mark?); save it as UTF-8")
+        raise NotRows("not UTF-8 text, it holds zero bytes (UTF-16 without its byte order mark?); save it as UTF-8")
     return io.TextIOWrapper(opened(path), encoding=encoding(first), newline=newline)
 
 
 def _opens_array(text: str) -> bool:
-    """Whether a text is one JSON array, and not lines that are arrays each."""
+    """Whether a text is one JSON array, not JSON lines each of which is an array."""
     line, _, rest = text.lstrip().partition("\n")
     if not line.startswith("[") or not rest.strip():
         return line.startswith("[")
@@ -117,11 +117,11 @@ def _fault(error: Exception) -> str:
         return f"not valid JSON ({error.msg} at column {error.colno})"
     if isinstance(error, RecursionError):
         return "not valid JSON (nested too deeply)"
-    return f"not valid JSON ({str(error).split(';')[0]})"  # of Python's advice about long numbers the first half
+    return f"not valid JSON ({str(error).split(';')[0]})"  # cuts off Python's advice about long numbers
 
 
 def _refuse_objects_over_lines(path: Path) -> None:
-    """Raises NotRows for a file of one object, or several, that are printed over many lines."""
+    """Raise NotRows for a file of one or more objects that are spread over several lines."""
     with _text(path) as file:
         text = file.read(OBJECT).lstrip()
     try:
@@ -136,17 +136,17 @@ def _refuse_objects_over_lines(path: Path) -> None:
     lists = [key for key, entry in value.items() if isinstance(entry, list) and entry and _are_rows(entry)]
     if len(lists) == 1:
         raise NotRows(f"it is a single object; its rows are under '{lists[0]}': write that list into the file")
-    raise NotRows("it is a single object, and rows are wanted; write a list of objects, or one object a line")
+    raise NotRows("it is a single object, but rows are expected; write a list of objects, or one object a line")
 
 
 def _are_rows(entries: list[Any]) -> bool:
-    """Whether a list is of objects, and not of a conversation's turns."""
+    """Whether a list holds objects that are not the turns of a conversation."""
     objects = all(isinstance(entry, dict) for entry in entries)
     return objects and not all({"role", "from"} & set(entry) for entry in entries)
 
 
 def _array_rows(name: str, file: TextIO, max_bytes: int | None) -> Iterator[tuple[str, Any]]:
-    """Rows of a JSON array, decoded one by one from a text that grows only while it holds no whole row."""
+    """Rows of a JSON array, decoded one by one from a buffer that grows only until it holds a whole row."""
     limit = max_bytes if max_bytes is not None else float("inf")
     text = file.read(CHUNK)
     at, read, number = text.index("[") + 1, len(text), 0
@@ -155,13 +155,13 @@ def _array_rows(name: str, file: TextIO, max_bytes: int | None) -> Iterator[tupl
         try:
             element = _next_element(text, at, first=number == 0)
         except json.JSONDecodeError as error:
-            # an error well before the end of the text is one, and no row that is not read to its end
+            # an error well before the end of the buffer is a real one, not a row that is only partly read
             partly = error.msg.startswith("Unterminated string") or error.pos > len(text) - len("-Infinity") - 1
             more = file.read(max(CHUNK, len(text) - at)) if partly and read < limit else ""
             if more:
                 text, at, read = text[at:] + more, 0, read + len(more)
                 continue
-            if not partly or read < limit or not file.read(1):  # otherwise it was us who cut the array
+            if not partly or read < limit or not file.read(1):  # otherwise max_bytes cut the array
                 yield place, Fault(f"not valid JSON ({error.msg})", "correct the file from this row on")
             return
         except (ValueError, RecursionError) as error:
@@ -178,7 +178,7 @@ def _array_rows(name: str, file: TextIO, max_bytes: int | None) -> Iterator[tupl
 
 
 def _next_element(text: str, at: int, first: bool) -> tuple[Any, int] | None:
-    """(element, where it ends), or None at the closing bracket; JSONDecodeError where the text ends or is broken."""
+    """(element, its end), or None at the closing bracket. Raises JSONDecodeError if the text ends or is broken."""
     at = BLANKS.match(text, at).end()
     if text.startswith("]", at):
         return None
@@ -190,7 +190,7 @@ def _next_element(text: str, at: int, first: bool) -> tuple[Any, int] | None:
 
 
 def _csv_rows(name: str, file: TextIO, suffix: str, max_bytes: int | None) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit((1 << 31) - 1)  # the default refuses long conversations
+    csv.field_size_limit((1 << 31) - 1)  # the default limit is too small for long conversations
     skipped, opening = next(((at, line) for at, line in enumerate(file) if line.strip()), (0, ""))
     delimiter = "\t" if suffix == ".tsv" else _delimiter(opening)
     ended = []
@@ -213,7 +213,7 @@ def _csv_rows(name: str, file: TextIO, suffix: str, max_bytes: int | None) -> It
             continue
         if cells is None:
             return
-        if ended and max_bytes is None:  # the record took what was left of the file
+        if ended and max_bytes is None:  # the record extends to the end of the file
             yield place, Fault("a quote opens a cell and never closes", "close it, or double quotes inside of cells")
         elif cells and len(cells) != len(header):
             shape = f"{len(cells)} cell{'s' if len(cells) != 1 else ''} under {len(header)} columns"
@@ -223,13 +223,13 @@ def _csv_rows(name: str, file: TextIO, suffix: str, max_bytes: int | None) -> It
 
 
 def _delimiter(header: str) -> str:
-    """What stands most often outside of quotes; of equals the comma."""
+    """The most frequent delimiter outside of quotes; the comma on a tie."""
     bare = re.sub(r'"[^"]*("|$)', "", header)
     return max(DELIMITERS, key=bare.count)
 
 
 def _whole_records(lines: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """Lines up to max_bytes, and on to the end of a record: quotes come in pairs outside of a quoted cell."""
+    """Lines up to max_bytes, then to the end of the record: outside of a quoted cell the quotes read are even."""
     read, quotes = 0, 0
     for line in lines:
         if max_bytes is not None and read >= max_bytes and quotes % 2 == 0:
@@ -250,7 +250,7 @@ def _parquet_rows(name: str, path: Path, max_bytes: int | None) -> Iterator[tupl
     from pyarrow.parquet import ParquetFile
 
     if packed := packing(path):
-        raise NotRows(f"a Parquet file inside of a {packed} one; unpack it, Parquet is compressed in itself")
+        raise NotRows(f"a Parquet file inside of a {packed} file; unpack it, since Parquet is already compressed")
     number, read = 0, 0
     try:
         with ParquetFile(path) as file:
@@ -268,7 +268,7 @@ def _parquet_rows(name: str, path: Path, max_bytes: int | None) -> Iterator[tupl
 
 
 def packing(path: Path) -> str:
-    """The compression's suffix, by the first bytes: a download may be unpacked under its old name."""
+    """The compression's suffix, by the first bytes: a download may have been unpacked but not renamed."""
     with path.open("rb") as file:
         first = file.read(8)
     return next((suffix for suffix, magic in PACKED.items() if first.startswith(magic)), "")
@@ -297,7 +297,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def encoding(first: bytes) -> str:
-    """By the byte order mark that a text begins with; UTF-8 without one."""
+    """The encoding by the byte order mark at the beginning; UTF-8 without one."""
     if first.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "utf-32"
     return "utf-16" if first.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"

@@ -1,11 +1,11 @@
-"""Where each assistant turn stands in a rendered conversation, proved on the row itself.
+"""Locates each assistant turn in a rendered conversation, and verifies the result on the row itself.
 
-The conversation is rendered once as it is, and once with markers in place of the contents (`contents`), which tells
+The conversation is rendered once as it is, and once with markers in place of the contents (`contents`), which shows
 what the template writes between them. A turn's response begins where the generation prompt ends and stops with the
-tokens that close the turn (`boundaries`). Where the template marks responses itself (`{% generation %}`), or TRL trains
-its family with a template that does and that writes the same text, those marks are taken.
+tokens that close the turn (`boundaries`). If the template marks responses itself (`{% generation %}`), or TRL has a
+training template for its family that does so and writes the same text, those marks are used.
 
-The cost is linear in the conversation: three renderings of it, and short ones that are kept.
+The cost is linear in the conversation's length: three renderings of it, and short probe renderings that are cached.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from align_cli.data.template import CLOSE, OPEN, THOUGHT, Message, Template, Too
 
 @dataclass
 class Rendering:
-    """A conversation as the template writes it, and its responses."""
+    """A rendered conversation, and the spans of its responses."""
 
     text: str
     spans: list[Span]
     notes: list[str] = field(default_factory=list)
-    """What the user should know about every row like this one."""
+    """Notes for the user that apply to every row like this one."""
 
 
 def find(template: Template, messages: list[Message], turns: list[int], tools: Tools = None) -> Rendering:
     """The rendered conversation with the response of each of the assistant `turns` (indices, in order).
 
-    Raises Unrenderable for a conversation that the template refuses, leaves something out of, or renders so that its
-    turns cannot be told apart.
+    Raises Unrenderable if the template refuses the conversation, leaves something out, or renders it so that its turns
+    cannot be distinguished.
     """
     messages, tools = opened(messages, tools)
     if turns[-1] == len(messages) - 1 and _says_nothing(messages[-1]):
@@ -44,16 +44,16 @@ def find(template: Template, messages: list[Message], turns: list[int], tools: T
         text, spans, answers = _spans(template, messages, turns, tools)
         rendering = Rendering(text, spans, _agreed(template, messages, spans, tools, text, prompt))
     except Lost:
-        # Mistral's kind writes the system turn only if a user turn comes last, as it does where an answer is asked for
+        # Mistral's templates write the system turn only if a user turn comes last, as in a prompt
         rendering, answers = _behind_prompt(template, messages, turns, tools, prompt), {}
     last = rendering.spans[-1]
     answer = rendering.text[last.start : last.stop]
     if _thought(messages[last.turn]) and not _holds_thought(messages[last.turn], answer):
         rendering.notes.append(
-            "the chat template leaves out the thought of an answer, so that the answer alone is trained; set "
-            "data.reasoning=drop to agree, or model.chat_template to a template that writes thoughts"
+            "the chat template leaves out the thought of an answer, so that only the answer is trained; set "
+            "data.reasoning=drop to accept this, or model.chat_template to a template that writes thoughts"
         )
-    # a thought that is left out is never trained as an empty one
+    # where a thought is left out, the empty thought that some templates write instead is not trained
     for at, span in enumerate(rendering.spans):
         alone = answers.get(span.turn)
         if alone is not None and any(mark in rendering.text[span.start : alone] for mark in (OPEN, "[THINK]")):
@@ -64,7 +64,7 @@ def find(template: Template, messages: list[Message], turns: list[int], tools: T
 def _spans(
     template: Template, messages: list[Message], turns: list[int], tools: Tools
 ) -> tuple[str, list[Span], dict[int, int]]:
-    """The text, the spans, and where the answers begin whose thought is left out. Raises Unrenderable."""
+    """The text, the spans, and turn -> start of the answer where its thought is left out. Raises Unrenderable."""
     plain = template.render(messages, tools=tools)
     check_tools(plain, tools)
     spans, text = _by_marks(template, messages, turns, tools, plain) if template.with_marks else (None, plain)
@@ -73,7 +73,7 @@ def _spans(
     direct = all(_asked_before(template, messages, span, tools, text) for span in spans)
     if direct and not any(map(_thought, messages)):
         return text, spans, {}
-    # marks may hold a part of the generation prompt, and thoughts may be written as empty ones
+    # marks may include a part of the generation prompt, and thoughts may be written as empty
     proved, answers = _by_probe(template, messages, turns, tools, plain)
     return text, [replace(s, start=max(s.start, p.start)) for s, p in zip(spans, proved, strict=True)], answers
 
@@ -81,16 +81,16 @@ def _spans(
 def _agreed(
     template: Template, messages: list[Message], spans: list[Span], tools: Tools, text: str, prompt: str
 ) -> list[str]:
-    """Lets the last span begin where the generation prompt ends; notes where the text does not begin with it."""
+    """Set the start of the last span to the end of the generation prompt. Returns notes where both do not agree."""
     last = spans[-1]
     if not text.startswith(prompt) or len(prompt) > last.stop:
         added = prompt[len(commonprefix([prompt, text])) :]
         return [
-            f"the generation prompt writes {_short(added)}, which is not in the trained text: the model is asked from "
-            "other tokens than it learns from; set model.chat_template to a template whose generation prompt is a "
+            f"the generation prompt writes {_short(added)}, which is not in the trained text: generation starts from "
+            "other tokens than training; set model.chat_template to a template whose generation prompt is a "
             "prefix of the answer"
         ]
-    # a template's own marks may leave out what it writes in front of an answer
+    # a template's own marks may exclude text that it writes in front of an answer
     start, notes = max(last.start, len(prompt)) if template.own_marks else len(prompt), []
     header = header_of(template)
     if header and text.startswith(header, start):
@@ -105,7 +105,7 @@ def _says_nothing(message: Message) -> bool:
 
 
 def _of_nothing(template: Template, messages: list[Message], turns: list[int], tools: Tools) -> Rendering:
-    """The conversation with a word in place of the last answer, which says nothing, and the word taken out again."""
+    """For an empty last answer: rendered with a placeholder as the answer, which is then removed from the text."""
     rendering = find(template, [*messages[:-1], {**messages[-1], "content": SAME}], turns, tools)
     last = rendering.spans[-1]
     written = rendering.text[last.start : last.stop].replace(SAME, "", 1)
@@ -116,7 +116,7 @@ def _of_nothing(template: Template, messages: list[Message], turns: list[int], t
 def _behind_prompt(
     template: Template, messages: list[Message], turns: list[int], tools: Tools, prompt: str
 ) -> Rendering:
-    """The last answer behind the prompt that asks for it, which holds what the whole conversation's rendering lacks.
+    """The last answer appended to its rendered prompt, which holds what the whole conversation's rendering lacks.
 
     Raises Unrenderable.
     """
@@ -129,9 +129,9 @@ def _behind_prompt(
 
 
 def ending(template: Template, head: list[Message] | None = None) -> str | None:
-    """The text of the special token with which the template closes an answer; None where it closes it with none.
+    """The text of the special token that closes an answer; None if the template writes no such token.
 
-    `head` opens the conversation that is tried, for templates that want a system turn. Raises Unrenderable.
+    The system turn in `head` opens the probe conversation, for templates that require one. Raises Unrenderable.
     """
     head = [message for message in head or [] if message["role"] == "system"][:1]
     messages = [*head, {"role": "user", "content": SAME}, {"role": "assistant", "content": SAME + "b"}]
@@ -145,7 +145,7 @@ def ending(template: Template, head: list[Message] | None = None) -> str | None:
 def _by_marks(
     template: Template, messages: list[Message], turns: list[int], tools: Tools, text: str
 ) -> tuple[list[Span] | None, str]:
-    """The spans between generation marks, and the text, which may go on with the token that ends the last turn."""
+    """The spans between generation marks (None if unusable), and the text, which may end with one more end token."""
     marked = template.marked(messages, tools)
     if marked is None:
         return None, text
@@ -167,12 +167,12 @@ def _by_marks(
 
 
 def _asked_before(template: Template, messages: list[Message], span: Span, tools: Tools, text: str) -> bool:
-    """Whether the response stands right behind the generation prompt."""
+    """Whether the response directly follows the generation prompt."""
     return text.endswith(prompt_tail(template, messages, span.turn, tools) or "", 0, span.start)
 
 
 def _closed_block(template: Template, text: str, turn: int, start: int, stop: int) -> Span:
-    """A marked block up to the special token that ends it, which some templates write behind the mark."""
+    """The span of a marked block, with the special token that ends it, which may come after the mark."""
     inside = len(text[start:stop].rstrip())
     ends = [match.end() for match in template.specials.finditer(text, start, start + inside)]
     if ends and ends[-1] == start + inside:
@@ -194,10 +194,10 @@ def _by_probe(
     prompt: bool = False,
     lenient: bool = False,
 ) -> tuple[list[Span], dict[int, int]]:
-    """The spans, and, of turns whose thought is left out, where the answer alone begins.
+    """The spans, and turn -> start of the answer for turns whose thought is left out.
 
-    `prompt`: the text ends with a generation prompt. `lenient`: it may lack what others than the assistant say. Raises
-    Unrenderable.
+    `prompt`: the text ends with a generation prompt. `lenient`: it may lack turns of other roles than the assistant.
+    Raises Unrenderable.
     """
     pieces, every = place(template, messages, tools, text, prompt)
     check_nothing_lost(messages, pieces, every, text, lenient)
@@ -213,7 +213,7 @@ def _by_probe(
         at = bisect(spots, (first, 0, 0))
         _, before, whose = next((spots[k] for k in range(at - 1, -1, -1) if spots[k][2] != turn), (0, 0, -1))
         behind = bisect(spots, (last, 0, 0))
-        # the names of called functions may stand in the header of a tool turn, too
+        # the names of called functions may also occur in the header of a tool turn
         after, _, _ = next((spot for spot in islice(spots, behind, None) if spot[2] != turn), (len(text), 0, 0))
         start = find_start(template, messages, turn, tools, text, before, first, whose == turn - 1)
         answers = [piece.at[0][0] for piece in own if piece.kind != "thought"]
@@ -242,7 +242,7 @@ def _without_prompt(
     header = written[: match.end()] + written[match.end() :].split("\n")[0]
     return [
         f"the chat template has no generation prompt: the header of an answer ({_short(header)}) is trained as part of "
-        "it, and answers are asked for without it; add `{% if add_generation_prompt %}…{% endif %}` with that header"
+        "it, but generation starts without it; add `{% if add_generation_prompt %}…{% endif %}` with that header"
     ]
 
 

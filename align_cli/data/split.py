@@ -1,7 +1,8 @@
-"""Which groups, how often and in which order: the seeded split, the weights, the mixture, and pairs of a ranking.
+"""Selects and orders groups: the seeded eval split, the source weights, the mixture, and the pairs of a ranking.
 
-The split and the weights hash content with the recipe's seed, never Python's `hash`: every rank, every machine and
-every resumed run makes the same choice. Prompts are split, not rows, so that no prompt lies on both sides.
+The split and the weights hash content with sha256 and the recipe's seed, not with Python's `hash`, so that every rank,
+every machine and every resumed run makes the same choice. Prompts are split, not rows, so that no prompt is on both
+sides.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from align_cli.data.format import Group
 
 
 def canonical(content: Any) -> str:
-    """Content as the one text that stands for it on every machine."""
+    """Content as JSON text that is the same on every machine."""
     return json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
 
 
 def hashed(seed: int, salt: str, content: Any) -> int:
-    """64 bits of sha256; the salt keeps the choice of one purpose independent of that of another."""
+    """64 bits of sha256; different salts make the choices for different purposes independent."""
     digest = hashlib.sha256(f"{seed}\n{salt}\n{canonical(content)}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
@@ -31,19 +32,19 @@ def share(seed: int, salt: str, content: Any) -> float:
 
 
 def content(group: Group) -> list[Any]:
-    """What a row says, without where it stands."""
+    """The contents of a group, without its place."""
     return [group.prompt, group.responses, group.label]
 
 
 def smallest(keys: set[int], fraction: float) -> set[int]:
-    """The fraction of the prompts with the smallest hashes: one at least, and one at least stays; none of one."""
+    """The given fraction of the keys, the smallest ones: at least one and at most all but one; empty if len(keys) < 2."""
     if len(keys) < 2:
         return set()
     return set(sorted(keys)[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])
 
 
 def weighted(groups: list[Group], weight: float, seed: int) -> list[Group]:
-    """The groups as often as the weight says, the fractional part by content; any weight keeps one group."""
+    """The groups repeated `weight` times. The fractional part is chosen by content hash; at least one group is kept."""
     whole, part = int(weight), weight - int(weight)
     if not part or not groups:
         return groups * whole
@@ -67,8 +68,8 @@ def interleaved(streams: list[Iterator[Group]], weights: list[float]) -> Iterato
 
 
 def labelled(group: Group, how: Literal["best-worst", "best-rest"]) -> list[tuple[int, bool]]:
-    """(index of a response, whether it is a good one): what a row's label says, or of a ranking its best response as
-    good and its worst, or all that are worse, as bad."""
+    """(index of a response, whether it is a good one): the row's label, or for a ranking, its best response as good and
+    its worst (`best-worst`) or all worse ones (`best-rest`) as bad."""
     if group.label is not None:
         return [(0, group.label)]
     worse = [(b, w) for b, w in preference_pairs(group, "all") if b == 0]

@@ -1,7 +1,7 @@
-"""A tokenizer's chat template: what it writes for a conversation, and facts about it that are asked for often.
+"""Renders conversations with a tokenizer's chat template, and caches properties of the template.
 
-transformers renders; here stands what it is given. Messages may hold keys of ours (`train`), templates of multimodal
-models take content as a list of parts, and some take the arguments of a tool call as text.
+transformers does the rendering; this file prepares its input. Messages may hold keys of ours (`train`), templates of
+multimodal models take content as a list of parts, and some take the arguments of a tool call as text.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 
 OURS = ("train", "tools")
-"""Keys of a message that no template is shown as they are: tools may stand in the first message of a prompt that goes
-through a dataset (`packed`)."""
+"""Message keys that are not passed to templates. `tools` is in the first message of a prompt that goes through a dataset
+(`packed`)."""
 THOUGHT = "reasoning_content"
-"""The key of a thought; transformers gives templates the other names that they may read."""
+"""The key of a thought (reasoning); templates may read it under other names, too."""
 OPEN, CLOSE = "<think>", "</think>"
-HALF = "it holds half of a surrogate pair (a cut emoji), which no tokenizer reads; correct or remove the row"
+HALF = "it holds half of a surrogate pair (a cut emoji), which cannot be tokenized; correct or remove the row"
 
 
 class Unrenderable(DataError):
-    """A conversation that the template refuses, or renders so that its turns cannot be told apart."""
+    """The template refuses a conversation, or renders it so that its turns cannot be distinguished."""
 
 
 class Template:
-    """The chat template of one tokenizer. Get it from `of`, which keeps it."""
+    """The chat template of one tokenizer. Get it from `of`, which caches it."""
 
     def __init__(self, tokenizer: Any):
         # the tokenizer keeps this object alive, not the other way round
@@ -41,7 +41,7 @@ class Template:
         self.cache: dict[Any, Any] = {}
         self.arguments_as_text = False
         self.parts = False
-        # one of the two ways in which templates want content shows in the first conversation
+        # templates take content as a string or as a list of parts: a test rendering shows which
         if not self._shows("Zq"):
             self.parts = True
             self.parts = self._shows("Zq")
@@ -50,7 +50,7 @@ class Template:
         try:
             return word in self.render([{"role": "user", "content": word}], prompt=True)
         except Unrenderable:
-            # it wants other turns: nothing can be said, and strings are what most templates take
+            # the template requires other turns, so the test is inconclusive; most templates take strings
             return not self.parts
 
     @property
@@ -58,18 +58,18 @@ class Template:
         return self._tokenizer()
 
     def render(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
-        """The conversation as the template writes it; with `prompt`, up to where the assistant is to answer.
+        """The rendered conversation; with `prompt`, it ends with the generation prompt.
 
-        Raises Unrenderable with the template's own complaint.
+        Raises Unrenderable with the template's own error message.
         """
         messages, tools = opened(messages, tools)
         shown = [self._shown(message) for message in messages]
         try:
             return self._apply(shown, prompt, tools)
-        except Exception as error:  # jinja's TemplateError and whatever a template raises by itself
+        except Exception as error:  # jinja's TemplateError, and any error that a template raises itself
             called = any("tool_calls" in message for message in shown)
             if not self.arguments_as_text and called and isinstance(error, TypeError):
-                # DeepSeek's kind adds the arguments to a string
+                # DeepSeek's templates concatenate the arguments with a string
                 self.arguments_as_text = True
                 return self.render(messages, prompt=prompt, tools=tools)
             reason = [*str(error).splitlines(), type(error).__name__][0]
@@ -81,7 +81,7 @@ class Template:
         return self.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt, tools=tools)
 
     def _shown(self, message: Message) -> Message:
-        """A message as the template is to see it."""
+        """The message in the form that the template expects."""
         shown = {key: value for key, value in message.items() if key not in OURS and value is not None}
         if CLOSE in (shown.get("content") or "") and shown["role"] == "assistant" and not shown.get(THOUGHT):
             self._move_thought(shown)
@@ -97,12 +97,12 @@ class Template:
         return shown
 
     def _show_thought(self, shown: Message) -> None:
-        """Put a thought where the template reads it. Raises Unrenderable where it reads none."""
+        """Move a thought to where the template reads it. Raises Unrenderable if it reads no thoughts."""
         if self.reads_thoughts:
             # transformers fills in the other two names
             shown.setdefault("reasoning", shown[THOUGHT])
         elif self._mentions(re.escape(CLOSE)):
-            # a template that looks for thoughts in answers; some do so to leave them out
+            # the template searches answers for thoughts, in some cases to remove them
             thought = shown.pop(THOUGHT).strip("\n")
             if self.keeps_inline:
                 shown["content"] = f"{OPEN}\n{thought}\n{CLOSE}\n\n{shown['content']}"
@@ -113,7 +113,7 @@ class Template:
             )
 
     def _move_thought(self, shown: Message) -> None:
-        """Put a thought that stands in an answer into the key that the template reads, unless it looks for it there."""
+        """Move a thought inside an answer to the key that the template reads, unless it reads it from the answer."""
         if not self.wants_key:
             return
         thought, _, answer = shown["content"].rpartition(CLOSE)
@@ -122,7 +122,7 @@ class Template:
 
     @cached_property
     def wants_key(self) -> bool:
-        """Whether the template writes a thought of the last turn from a key, and leaves one in the answer as it is."""
+        """Whether the template writes the last turn's thought from a key, and leaves a thought in the answer as is."""
         if not self.reads_thoughts:
             return False
         inline = self._answered({"content": f"{OPEN}Za{CLOSE}Zb"})
@@ -130,19 +130,19 @@ class Template:
 
     @cached_property
     def keeps_inline(self) -> bool:
-        """Whether the template writes a thought that stands in the last answer."""
+        """Whether the template writes a thought that is inside the last answer."""
         return "Za" in self._answered({"content": f"{OPEN}Za{CLOSE}Zb"})
 
     def _answered(self, answer: Message) -> str:
-        """What is written of such an answer; nothing where the template refuses it."""
+        """The rendering of a conversation with this answer; empty if the template refuses it."""
         try:
             return self._apply([{"role": "user", "content": "q"}, {"role": "assistant", **answer}], False, None)
-        except Exception:  # whatever a template raises by itself
+        except Exception:  # a template may raise errors of any type
             return ""
 
     @cached_property
     def reads_thoughts(self) -> bool:
-        """Whether the template reads a thought from a key of its own."""
+        """Whether the template reads a thought from a separate key."""
         return self._mentions(r"\b(reasoning_content|thinking|reasoning)\b")
 
     def _mentions(self, pattern: str) -> bool:
@@ -151,7 +151,7 @@ class Template:
 
     def marked(self, messages: list[Message], tools: Tools = None) -> tuple[str, list[tuple[int, int]]] | None:
         """The rendered conversation and the character spans between its `{% generation %}` marks, if the template has
-        marks or TRL knows a template with marks for it; None for others. Raises Unrenderable."""
+        marks or TRL has a template with marks for it. None for others, and if that template raises an error."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self.with_marks is None:
@@ -164,7 +164,7 @@ class Template:
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-        except Exception:  # what a template raises by itself; the unmarked one says what is wrong
+        except Exception:  # errors of any type; rendering without marks reports what is wrong
             return None
         return text, [(start, stop) for start, stop in spans if stop > start]
 
@@ -175,33 +175,33 @@ class Template:
 
     @cached_property
     def with_marks(self) -> str | None:
-        """The template with generation marks: itself, or the one that TRL trains its family with."""
+        """The template with generation marks: itself, or TRL's training template for its family."""
         if self.own_marks:
             return self.source
         if not hasattr(self.tokenizer, "is_fast"):
-            # a tokenizer described by its files, where TRL's questions would load torch
+            # a stand-in made from the tokenizer's files, for which TRL's checks would import torch
             return None
         from trl.chat_template_utils import get_training_chat_template
 
         try:
             known = get_training_chat_template(self.tokenizer)
-        except Exception:  # no family that TRL knows, or one that its own questions break
+        except Exception:  # TRL does not know the family, or its own checks fail
             return None
         chat_date.fix(known)
         return known if known and _has_marks(known) else None
 
     @cached_property
     def literals(self) -> re.Pattern[str]:
-        """What the template may look for in a content: its string constants that are not words."""
+        """The strings that the template may search a content for: its string constants that are not words."""
         import jinja2
 
         texts = [self.source] if isinstance(self.source, str) else list((self.source or {}).values())
         literals = {OPEN, CLOSE}
-        # transformers' own blocks (`generation`, loop controls) mean nothing to a plain environment
+        # only lexed: a plain environment cannot parse transformers' own blocks (`generation`, loop controls)
         lexer = jinja2.Environment()
         for text in texts:
             for constant in (value for _, kind, value in lexer.lex(text) if kind == "string"):
-                # as jinja reads it
+                # unescaped as jinja does it
                 constant = constant[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape").strip()
                 if len(constant) > 2 and not constant.replace("_", "").isalnum():
                     literals.add(constant)
@@ -209,7 +209,7 @@ class Template:
 
     @cached_property
     def specials(self) -> re.Pattern[str]:
-        """Special tokens as text: what can end a turn."""
+        """Pattern of the special tokens as text, each of which can end a turn."""
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         if self.tokenizer.eos_token:
             tokens.add(self.tokenizer.eos_token)
@@ -219,7 +219,7 @@ class Template:
         return re.compile("|".join(re.escape(each) for each in sorted(tokens, key=len, reverse=True)))
 
     def shape(self, text: str) -> str:
-        """A content with all its words made one: the same for contents that the template treats alike."""
+        """A content with its words replaced by a dot, so that contents which the template treats alike are equal."""
         core = "".join(f"{x.strip() and '.'}{y}" for x, y in _between(self.literals, text))
         return f"{lead(text)!r}{core}{tail(text)!r}"
 
@@ -228,7 +228,7 @@ _KEPT: weakref.WeakKeyDictionary[Any, Template] = weakref.WeakKeyDictionary()
 
 
 def of(tokenizer: Any) -> Template:
-    """The template of a tokenizer, made once as long as the template stays the same."""
+    """The Template of a tokenizer, cached until its chat template changes."""
     kept = _KEPT.get(tokenizer)
     if kept is None or kept.source != tokenizer.chat_template:
         kept = _KEPT[tokenizer] = Template(tokenizer)
@@ -236,7 +236,7 @@ def of(tokenizer: Any) -> Template:
 
 
 def packed(messages: list[Message], tools: Tools = None) -> list[Message]:
-    """Messages as a dataset's column can hold them, whose entries have one type: what is nested, as JSON."""
+    """Messages with nested values as JSON, since all entries of a dataset's column must have one type."""
     nested = [
         {**message, "tool_calls": json.dumps(message["tool_calls"])} if message.get("tool_calls") else message
         for message in messages
@@ -245,7 +245,7 @@ def packed(messages: list[Message], tools: Tools = None) -> list[Message]:
 
 
 def opened(messages: list[Message], tools: Tools = None) -> tuple[list[Message], Tools]:
-    """The messages, and the tools, of what may have been `packed`."""
+    """The messages and the tools, unpacked if they are `packed`."""
     if not any(isinstance(message.get(key), str) for message in messages for key in ("tool_calls", "tools")):
         return messages, tools
     turns = [
@@ -268,7 +268,7 @@ def tail(text: str) -> str:
 
 
 def without_thoughts(messages: list[Message]) -> list[Message]:
-    """The messages with the assistant's thoughts taken out, from their own key and from between <think> marks."""
+    """The messages without the assistant's thoughts, whether in their own key or between <think> marks."""
     turns = []
     for message in messages:
         if message["role"] == "assistant":

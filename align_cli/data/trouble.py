@@ -1,4 +1,4 @@
-"""What can be the matter with a row, and what a cell holds, in words."""
+"""Exceptions for rows that cannot be used, and names of cell types for messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ WORDS = {str: STRING, dict: "an object", bool: "a boolean", int: "a number", flo
 
 
 class Broken(Exception):
-    """A row that keeps the run from starting; says what was found and what to do, without the place."""
+    """A row that prevents the run from starting; the message has finding and remedy, without the place."""
 
 
 class Dropped(Exception):
@@ -21,11 +21,11 @@ class Dropped(Exception):
 
 
 class Empty(Exception):
-    """A response without text; says which."""
+    """A response without text; the message names the response."""
 
 
 def kind(value: Any) -> str:
-    """What a cell holds, in words."""
+    """The type of a cell's value, in words."""
     if not isinstance(value, list):
         return WORDS.get(type(value), type(value).__name__)
     kinds = {type(item) for item in value}

@@ -1,9 +1,9 @@
-"""What a row of a format says: its cells -> chat messages, split into prompt and responses.
+"""Cells of a row -> chat messages, split into prompt and responses.
 
-Whatever a cell holds (a string, a message list, ShareGPT turns, an hh-rlhf dialogue) becomes a list of {role, content}
-here, or one of three exceptions: Broken (the run must not start), Dropped (the row is left out and counted) and Empty
-(the recipe's drop_empty decides which of the two). Content is kept verbatim; only the turns of an hh dialogue lose the
-whitespace that its notation puts round them.
+Every cell (a string, a message list, ShareGPT turns, an hh-rlhf dialogue) becomes a list of {role, content}, or raises
+one of three exceptions: Broken (the run must not start), Dropped (the row is left out and counted) and Empty (the
+recipe's drop_empty decides which of the two). Content is kept verbatim, except that the turns of an hh dialogue are
+stripped of the whitespace that its notation adds.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = [
 Row = dict[str, Any]
 
 HH_MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-"""Begins a turn of an hh-rlhf dialogue; `Human:` inside a line is text, as published rows show."""
+"""Begins a turn of an hh-rlhf dialogue; `Human:` inside a line is text, which occurs in published rows."""
 
 QUESTIONS = ("prompt", "question", "instruction")
-"""Columns that a file of prompts may keep them in."""
+"""Columns in which a file of prompts may hold them."""
 SYSTEM = ("system", "system_prompt")
 """Columns that hold a system turn."""
 PAIR = ("'chosen'", "'rejected'")
 STRENGTH = "better is a strength"
-"""Set by `normalised` beside `better` where its column says by how much."""
+"""Set by `normalised` beside `better` if its column says by how much one answer is better."""
 GOOD = (
     "true",
     "1",
@@ -77,7 +77,7 @@ BAD = (*BAD, "dislike", "disliked")
 
 @dataclass
 class Draft:
-    """What a row says, before it is looked at: the responses with the names that messages about them use."""
+    """The contents of a row before they are checked; `names` are the responses' names in error messages."""
 
     prompt: list[Message]
     responses: list[list[Message]] = field(default_factory=list)
@@ -115,15 +115,15 @@ def dialogue(text: str) -> list[Message]:
 
 
 def split_last(conversation: list[Message]) -> tuple[list[Message], list[Message]]:
-    """(prompt, response) of a conversation, the prompt going up to its last user or tool turn."""
+    """(prompt, response) of a conversation; the prompt ends with its last user or tool turn."""
     asks = [at for at, turn in enumerate(conversation, 1) if turn["role"] in ("user", "tool")]
     end = asks[-1] if asks else 0
     return conversation[:end], conversation[end:]
 
 
 def split_first(conversation: list[Message]) -> tuple[list[Message], list[Message]]:
-    """(prompt, response) of a conversation, the response from the first assistant turn that has a question before it
-    to the last one."""
+    """(prompt, response) of a conversation; the response runs from the first assistant turn after a user or tool turn
+    to the last assistant turn."""
     roles = [turn["role"] for turn in conversation]
     asks = next((at for at, role in enumerate(roles) if role in ("user", "tool")), len(roles))
     begin = next((at for at in range(asks, len(roles)) if roles[at] == "assistant"), len(roles))
@@ -132,7 +132,7 @@ def split_first(conversation: list[Message]) -> tuple[list[Message], list[Messag
 
 
 def after_prompt(prompt: list[Message], response: list[Message], name: str) -> list[Message]:
-    """The response without the prompt, where the cell holds the whole conversation. Raises Dropped."""
+    """The response without the prompt, if the cell holds the whole conversation. Raises Dropped."""
     if not response or response[0]["role"] == "assistant":
         return response
     if response == prompt:
@@ -143,7 +143,7 @@ def after_prompt(prompt: list[Message], response: list[Message], name: str) -> l
 
 
 def shared_prompt(chosen: list[Message], rejected: list[Message], prompt: str | None = None) -> Draft:
-    """The draft of two whole conversations; a `prompt` string beside them must be a turn of theirs.
+    """The draft of two whole conversations; if given, the `prompt` string must be one of their shared turns.
 
     Raises Empty and Dropped.
     """
@@ -205,24 +205,24 @@ def text_cell(row: Row, column: str) -> str:
 
 
 def with_system(row: Row, prompt: list[Message]) -> list[Message]:
-    """The prompt behind the system turn that a file keeps in a column of its own. Raises Broken."""
+    """The prompt with the system turn of a separate column in front, if there is one. Raises Broken."""
     text = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), None)
     if text is None:
         return prompt
     if prompt[:1] and prompt[0]["role"] == "system":
         if prompt[0]["content"].strip() == text.strip():
             return prompt
-        raise Broken("the conversation's system turn is not what the column 'system' says; remove one of the two")
+        raise Broken("the conversation's system turn differs from the column 'system'; remove one of the two")
     return [{"role": "system", "content": text}, *prompt]
 
 
 def refuse_pictures(row: Row) -> None:
-    """Raises Broken for a row with pictures beside its text."""
+    """Raise Broken for a row with images, video or audio."""
     for name in PICTURES:
         if row.get(name):
             raise Broken(
-                f"'{name}' is not used, and its marks (<image>) would be trained as text; remove such rows, or the "
-                "column and the marks"
+                f"'{name}' is not used, and its placeholders (<image>) would be trained as text; remove such rows, or "
+                "the column and the placeholders"
             )
 
 
@@ -241,7 +241,7 @@ def _sharegpt(row: Row) -> Draft:
     conversation = messages(cell(row, "conversations"), "'conversations'", sharegpt=True)
     if "chosen" not in row or "rejected" not in row:
         return _conversation(conversation, "'conversations'")
-    # LLaMA-Factory's preferences: the conversation ends with the question, each answer is one turn beside it.
+    # LLaMA-Factory's preferences: the conversation ends with the question, each answer is one turn in its own column.
     answers = [[turn] if isinstance(turn := cell(row, column), dict) else turn for column in ("chosen", "rejected")]
     return Draft(conversation, [_answer(turn, name) for turn, name in zip(answers, PAIR, strict=True)], PAIR)
 
@@ -266,7 +266,7 @@ def _preference(row: Row) -> Draft:
     prompt = as_prompt(cell(row, "prompt"))
     both = [as_turns(cell(row, column), f"'{column}'", "assistant") for column in ("chosen", "rejected")]
     if isinstance(row["prompt"], str) and any(response and response[0]["role"] != "assistant" for response in both):
-        # ultrafeedback_binarized: a prompt string beside whole conversations, which may hold more turns than it.
+        # ultrafeedback_binarized: a prompt string beside whole conversations, which may hold further turns.
         return shared_prompt(*both, prompt=row["prompt"])
     responses = [after_prompt(prompt, response, name) for response, name in zip(both, PAIR, strict=True)]
     return Draft(prompt, responses, PAIR)
@@ -280,7 +280,7 @@ def _hh(row: Row) -> Draft:
             raise Empty(name)
         if prompt is None and not is_hh(text):
             raise Broken(f"{name} is not a dialogue of '\\n\\nHuman: … \\n\\nAssistant: …'; correct or remove the row")
-    # A reply alone may begin with `Human:` too, where the published model spoke for both.
+    # A bare reply may begin with `Human:`, too: in published data, some models wrote both sides.
     if prompt is None or all(is_hh(text) and "\n\nAssistant:" in text for text in (chosen, rejected)):
         question = None if prompt is None else hh_prompt(prompt)[-1]["content"]
         return shared_prompt(dialogue(chosen), dialogue(rejected), question)
@@ -289,7 +289,7 @@ def _hh(row: Row) -> Draft:
 
 
 def hh_prompt(prompt: Any) -> list[Message]:
-    r"""A dialogue up to the reply; the `\n\nAssistant:` that asks for it is not a turn."""
+    r"""A dialogue up to the reply; an empty `\n\nAssistant:` at its end is not a turn."""
     spoken = dialogue(prompt) if is_hh(prompt) else as_turns(prompt, "'prompt'", "user")
     open_end = spoken[-1:] and spoken[-1]["role"] == "assistant" and not spoken[-1]["content"]
     return spoken[:-1] if open_end and len(spoken) > 1 else spoken
@@ -321,14 +321,14 @@ def _ranking(row: Row, column: str | None) -> Draft:
     if not isinstance(given, list):
         raise Broken(f"'{column}' is {kind(given)}; it must be a list of numbers")
     if len(given) != len(responses):
-        raise Broken(f"{len(responses)} responses, but {len(given)} {column}; give one a response")
+        raise Broken(f"{len(responses)} responses, but {len(given)} {column}; give one per response")
     values = [_score(value, f"{column[:-1]} {number} of '{column}'") for number, value in enumerate(given, 1)]
-    # the first of a ranking is the best
+    # rank 1 is the best, and the highest score
     return Draft(prompt, responses, names, [-value for value in values] if column == "ranks" else values)
 
 
 def number(value: Any) -> float | None:
-    """The number in a cell, which a CSV file holds as text; None for anything else, and for what is too large."""
+    """The number in a cell, which CSV files hold as text; None for anything else, and for integers over a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -347,7 +347,7 @@ def _score(value: Any, name: str) -> float:
 
 
 def truth(value: Any) -> bool | None:
-    """The label a cell says, None if it says none; CSV files hold it as text, pandas as 1.0."""
+    """The label in a cell, None if it is not a label; CSV files hold it as text, pandas as 1.0."""
     text = str(value).strip().lower() if isinstance(value, (bool, int, float, str)) else ""
     text = text.removesuffix(".0")
     return True if text in GOOD else False if text in BAD else None

@@ -1,6 +1,6 @@
-"""Two answers of which another column names the better one, by an index, a name or a strength; and ranks.
+"""Two answers and a column that says which is better, by an index, a name or a strength.
 
-PKU-SafeRLHF, SHP, HelpSteer2, TL;DR comparisons and arenas keep their preferences so.
+PKU-SafeRLHF, SHP, HelpSteer2, TL;DR comparisons and arenas store their preferences this way.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from align_cli.data.trouble import Broken, Dropped
 ANSWERS = ("response", "answer", "output", "completion", "summary", "model_output", "assistant")
 ENDS = (("_0", "_1"), ("_a", "_b"), ("_A", "_B"), ("_1", "_2"), ("1", "2"))
 RECOGNISED = ("better_response_id", "winner")
-"""Columns that say nothing but which answer is better."""
+"""Columns whose only meaning is which answer is better; used without being named in the source."""
 SUSPECTED = (
     *("chosen_index", "preference", "preferred", "choice", "labels", "label", "overall_preference"),
     *("preference_strength", "safer_response_id", "better_id"),
 )
-"""Columns that may say it: `columns: { better: … }` names the one that is meant."""
+"""Columns that may have this meaning; the source confirms one of them with `columns: { better: … }`."""
 STRENGTHS = ("strength", "margin")
-"""Part of the name of a column that says by how much the second answer is better (negative: the first)."""
+"""Part of a column's name, if the column holds by how much the second answer is better (negative: the first)."""
 TIES = ("tie", "both", "neither", "equal", "same", "none", "tie (bothbad)")
 
 
 def pair(columns: Any) -> tuple[str, str] | None:
-    """The columns of the two answers."""
+    """The columns of the two answers, or None."""
     return next(
         ((stem + a, stem + b) for stem in ANSWERS for a, b in ENDS if stem + a in columns and stem + b in columns), None
     )
 
 
 def answers(row: dict[str, Any]) -> tuple[list[Any], tuple[str, str]]:
-    """The two answers and what they are called. Raises Broken."""
+    """The two answers and their names. Raises Broken."""
     if pair_of := pair(row):
         return [row[name] for name in pair_of], pair_of
     listed = row.get("responses")
@@ -42,7 +42,7 @@ def answers(row: dict[str, Any]) -> tuple[list[Any], tuple[str, str]]:
 
 
 def better(row: dict[str, Any], names: tuple[str, str], strength: bool) -> tuple[int, float | None]:
-    """(index of the better answer, by how much it is better where that is said). Raises Broken, Dropped for a tie."""
+    """(index of the better answer, by how much it is better or None). Raises Broken, Dropped for a tie."""
     value = row["better"]
     number = _number(value)
     if number is not None and (strength or number < 0 or number % 1):

@@ -1,4 +1,4 @@
-"""Tokens and labels: what the template says, nothing masked that should be learned, nothing learned that should not."""
+"""Tokens and labels: the text equals the template's, and exactly the tokens of the responses are trained."""
 
 from pathlib import Path
 

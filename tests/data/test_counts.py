@@ -1,4 +1,4 @@
-"""Rows that are lost on the way to tokens, and sources that share a path: the counts say what became of every row."""
+"""Counts of rows that are dropped during tokenization, and of sources that share a path."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""What is trained under every chat template in the wheels of TRL and transformers, beside two oracles: the masks of
-TRL's training templates, and where contents stand in plain `apply_chat_template`."""
+"""What is trained under every chat template in the wheels of TRL and transformers, compared with two oracles: the masks
+of TRL's training templates, and the positions of contents in the text of plain `apply_chat_template`."""
 
 import re
 from collections import Counter

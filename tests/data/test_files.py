@@ -1,4 +1,4 @@
-"""Files as people have them: compressed, sharded, in other encodings, and those that are no rows at all."""
+"""Source files: compressed, sharded, in other encodings, and files that do not hold rows."""
 
 import bz2
 import csv
@@ -115,7 +115,7 @@ def test_a_damaged_archive_is_one_line(packed):
     write(name, whole[:8] + b"\xff" * 50 + whole[58:])
     assert problem(name).startswith(f"{name}: a damaged .{packed} (")
     write(name, b"\x80\x81\x82")
-    assert problem(name) == f"{name}: holds no .{packed} archive, as its name says; fetch or write it again"
+    assert problem(name) == f"{name}: is not a .{packed} archive, although its name says so; fetch or write it again"
 
 
 def test_a_compressed_file_is_streamed():
@@ -140,7 +140,7 @@ def test_suffixes_that_do_not_tell_what_is_inside():
         said = f"{name}: cannot read a '{suffix}' archive; unpack it and name the files or the directory"
         assert problem(write(name, "x")) == said
     assert problem(write("a.gz", "x")) == (
-        "a.gz: cannot tell what is compressed in it; name it as what it holds, e.g. a.jsonl.gz"
+        "a.gz: the format of the compressed file is unknown; add it to the name, e.g. a.jsonl.gz"
     )
     assert problem(write("a", "x")).startswith("a: cannot read a file without a suffix; convert it to one of .json, ")
     parquet("a.parquet", ROWS)
@@ -148,7 +148,7 @@ def test_suffixes_that_do_not_tell_what_is_inside():
         whole = file.read()
     write("b.parquet.gz", gzip.compress(whole))
     assert problem("b.parquet.gz") == (
-        "b.parquet.gz: a Parquet file inside of a .gz one; unpack it, Parquet is compressed in itself"
+        "b.parquet.gz: a Parquet file inside of a .gz file; unpack it, since Parquet is already compressed"
     )
     assert read(write("b.jsonl", whole)) == ROWS  # told by its first bytes
 
@@ -276,10 +276,10 @@ def test_a_broken_line_of_a_shard_is_placed_in_its_file():
 def test_directories_without_rows():
     os.makedirs("empty")
     one_of = "name one of .json, .jsonl, .ndjson, .csv, .tsv, .parquet, or a directory of them"
-    assert problem("empty") == f"empty: a directory without a file of rows (is empty); {one_of}"
+    assert problem("empty") == f"empty: the directory has no data file (is empty); {one_of}"
     write("d/README.md", "x")
     write("d/sub/notes.txt", "x")
-    assert problem("d") == f"d: a directory without a file of rows (has README.md, sub/notes.txt); {one_of}"
+    assert problem("d") == f"d: the directory has no data file (has README.md, sub/notes.txt); {one_of}"
     for name in ("recipe.yaml", "manifest.json", "preferences.jsonl", "metrics.jsonl"):
         write(f"run/{name}", "{}")
     assert problem("run") == (
@@ -392,7 +392,7 @@ def test_datasets_reads_the_same_rows_from_arrays_and_lines(tmp_path):
 def test_a_single_object_over_several_lines_is_one_line(name):
     write(name, json.dumps({"data": [{"messages": TURNS}], "version": "1"}, indent=1))
     assert problem(name) == (f"{name}: it is a single object; its rows are under 'data': write that list into the file")
-    rows = "it is a single object, and rows are wanted; write a list of objects, or one object a line"
+    rows = "it is a single object, but rows are expected; write a list of objects, or one object a line"
     write(name, json.dumps({"messages": TURNS}, indent=1))  # a list of turns is no list of rows
     assert problem(name) == f"{name}: {rows}"
     write(name, json.dumps({"train": [{"a": 1}], "test": [{"a": 1}]}, indent=1))
@@ -457,8 +457,8 @@ def test_csv_records_that_all_miss_their_header_are_one_line():
     [
         ("[" * 100_000, "not valid JSON (nested too deeply)"),
         ("1" * 5000, "not valid JSON (Exceeds the limit (4300 digits) for integer string conversion"),
-        ("NaN", "not valid JSON (NaN is not a number in JSON, null is)"),
-        ("-Infinity", "not valid JSON (-Infinity is not a number in JSON, null is)"),
+        ("NaN", "not valid JSON (NaN is not allowed in JSON, null is)"),
+        ("-Infinity", "not valid JSON (-Infinity is not allowed in JSON, null is)"),
     ],
 )
 def test_json_that_python_stumbles_over_is_one_line(name, value, found):
@@ -521,7 +521,7 @@ def test_another_encoding_is_one_line(kind):
         "`iconv -f WINDOWS-1252 -t UTF-8`"
     )
     said = problem(write(f"a.{kind}", text, "utf-16-le"))
-    assert said.startswith(f"a.{kind}: no text in UTF-8, it holds zero bytes (UTF-16 without")
+    assert said.startswith(f"a.{kind}: not UTF-8 text, it holds zero bytes (UTF-16 without")
     said = problem(write(f"a.{kind}", text.encode("utf-16")[:-1]))
     assert said.startswith(f"a.{kind}: not UTF-16") and said.endswith("; save it as UTF-8")
 
@@ -599,7 +599,7 @@ def test_paths_that_cannot_be_opened_are_one_line():
     assert problem("a.jsonl/b.jsonl").startswith("a.jsonl/b.jsonl: no such file")
     assert problem("~nobody-of-this-name/a.jsonl").startswith("~nobody-of-this-name/a.jsonl: no such file")
     os.mkfifo("pipe.jsonl")
-    said = "is a pipe or a device, and rows are read twice; save them to a file"
+    said = "is a pipe or a device, but rows are read twice; save them to a file"
     assert problem("pipe.jsonl") == f"pipe.jsonl: {said}"
     assert problem("/dev/null") == f"/dev/null: {said}"
     assert problem("/proc/self/mem").startswith("/proc/self/mem: cannot read a file without a suffix; convert it to")

@@ -1,4 +1,4 @@
-"""Every format that people bring becomes the same groups, and what is broken is said in one line."""
+"""Every supported format gives the same groups, and every broken row gives one error line."""
 
 import pytest
 
@@ -359,7 +359,7 @@ def test_empty_responses_are_broken_or_dropped(need, make, name, blank):
         (
             "preferences",
             {"prompt": "q", "responses": ["a", "b"], "scores": [1]},
-            "2 responses, but 1 scores; give one a response",
+            "2 responses, but 1 scores; give one per response",
         ),
         (
             "preferences",

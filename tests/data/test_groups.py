@@ -338,7 +338,7 @@ def test_streaming_eval_from_sources_and_from_a_fraction_too_small():
         f"question {number}" for number in range(100, 104)
     ]
     assert stream_eval(Data(train="a.jsonl"), "prompts", 0, []) == []
-    with pytest.raises(DataError, match=r"^data\.eval: 1e-09 of the prompts is none here; raise it"):
+    with pytest.raises(DataError, match=r"^data\.eval: a fraction of 1e-09 holds out no prompt; raise it"):
         stream_eval(Data(train="a.jsonl", eval=1e-9), "prompts", 0, [])
 
 

@@ -1,4 +1,4 @@
-"""Keys that change the meaning of a row are used, refused or listed: rows of the shapes that are published."""
+"""Keys that change the meaning of a row are used, refused or listed, for rows of published shapes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Labels from labelled rows and from rankings, as groups and as rows for KTO; cells that rewards compare with."""
+"""Labels from labelled rows and from rankings, as groups and as KTO rows; columns that rewards compare with."""
 
 import json
 from pathlib import Path

@@ -222,7 +222,7 @@ def test_a_missing_file_names_the_nearest_one():
     # the right name in the wrong place, and nothing that is near
     assert "Did you mean 'data/pairs.jsonl'?" in collected(source("some/other/place/pairs.jsonl"))[1][0]
     assert collected(source("zzz.csv"))[1] == [
-        "zzz.csv: no such file (looked in the working directory); there is data/pairs.jsonl"
+        "zzz.csv: no such file (looked in the working directory); files found: data/pairs.jsonl"
     ]
     with pytest.raises(DataError, match="Did you mean"):
         fingerprint(source("data/pars.jsonl"))

@@ -1,4 +1,4 @@
-"""A conversation is rendered as often whatever its length: 20 turns cost no more renderings than 4."""
+"""The number of renderings does not depend on a conversation's length: 20 turns cost no more than 4."""
 
 import pytest
 import templates

@@ -135,7 +135,7 @@ def test_files_that_are_not_there_or_are_empty():
 def test_half_a_character_is_refused():
     write("p.jsonl", '{"prompt": "Cut \\ud83d here"}\n')
     (line,) = refused("p.jsonl")
-    assert line == "samples.prompts: p.jsonl:1: holds half a character ('\\ud83d'); correct the row"
+    assert line == "samples.prompts: p.jsonl:1: holds half of a surrogate pair ('\\ud83d'); correct the row"
 
 
 def test_torch_is_not_imported():
