@@ -36,7 +36,7 @@ class LaunchError(AlignError):
 
 
 def raise_all(kind: type[AlignError], lines: list[str]) -> None:
-    """Raise `kind` with all lines; return if there are no lines."""
+    """Raise `kind` with all lines, unless `lines` is empty."""
     if lines:
         raise kind(*lines)
 

@@ -37,7 +37,7 @@ def content(group: Group) -> list[Any]:
 
 
 def smallest(keys: set[int], fraction: float) -> set[int]:
-    """The given fraction of the keys, the smallest ones: at least one and at most all but one; empty if len(keys) < 2."""
+    """The given fraction of the keys, smallest first: at least one, at most all but one; empty if len(keys) < 2."""
     if len(keys) < 2:
         return set()
     return set(sorted(keys)[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])

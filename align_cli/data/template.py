@@ -19,8 +19,8 @@ Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 
 OURS = ("train", "tools")
-"""Message keys that are not passed to templates. `tools` is in the first message of a prompt that goes through a dataset
-(`packed`)."""
+"""Message keys that are not passed to templates. `tools` is in the first message of a prompt that goes through a
+dataset (`packed`)."""
 THOUGHT = "reasoning_content"
 """The key of a thought (reasoning); templates may read it under other names, too."""
 OPEN, CLOSE = "<think>", "</think>"
