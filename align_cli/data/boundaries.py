@@ -105,8 +105,8 @@ def find_stop(template: Template, span: Span, then: str, other: str | None, is_l
     """The span, extended by the tokens that close its turn.
 
     `then` is the text between the turn's last content and the next content. `other` is that text in the opposite case:
-    if a user turn followed a last turn, or if the conversation ended with an earlier turn. The turn is closed by what
-    both have in common.
+    for the last turn, if a user turn followed; for an earlier turn, if the conversation ended with it. The turn is
+    closed by what both have in common.
     """
     gap = len(lead(then))
     shared = len(commonprefix([then.lstrip(), (other or "").lstrip()]))

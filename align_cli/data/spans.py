@@ -81,7 +81,7 @@ def _spans(
 def _agreed(
     template: Template, messages: list[Message], spans: list[Span], tools: Tools, text: str, prompt: str
 ) -> list[str]:
-    """Set the start of the last span to the end of the generation prompt. Returns notes where both do not agree."""
+    """Set the start of the last span to the end of the generation prompt. Returns notes if they disagree."""
     last = spans[-1]
     if not text.startswith(prompt) or len(prompt) > last.stop:
         added = prompt[len(commonprefix([prompt, text])) :]
@@ -116,7 +116,7 @@ def _of_nothing(template: Template, messages: list[Message], turns: list[int], t
 def _behind_prompt(
     template: Template, messages: list[Message], turns: list[int], tools: Tools, prompt: str
 ) -> Rendering:
-    """The last answer appended to its rendered prompt, which holds what the whole conversation's rendering lacks.
+    """The last answer appended to its rendered prompt, which holds turns that the whole rendering lacks.
 
     Raises Unrenderable.
     """

@@ -289,7 +289,7 @@ def _hh(row: Row) -> Draft:
 
 
 def hh_prompt(prompt: Any) -> list[Message]:
-    r"""A dialogue up to the reply; an empty `\n\nAssistant:` at its end is not a turn."""
+    r"""The turns of a dialogue up to the reply; an empty `\n\nAssistant:` at its end is not a turn."""
     spoken = dialogue(prompt) if is_hh(prompt) else as_turns(prompt, "'prompt'", "user")
     open_end = spoken[-1:] and spoken[-1]["role"] == "assistant" and not spoken[-1]["content"]
     return spoken[:-1] if open_end and len(spoken) > 1 else spoken
@@ -323,12 +323,12 @@ def _ranking(row: Row, column: str | None) -> Draft:
     if len(given) != len(responses):
         raise Broken(f"{len(responses)} responses, but {len(given)} {column}; give one per response")
     values = [_score(value, f"{column[:-1]} {number} of '{column}'") for number, value in enumerate(given, 1)]
-    # rank 1 is the best, and the highest score
+    # rank 1 is the best, so the scores are the negated ranks
     return Draft(prompt, responses, names, [-value for value in values] if column == "ranks" else values)
 
 
 def number(value: Any) -> float | None:
-    """The number in a cell, which CSV files hold as text; None for anything else, and for integers over a float."""
+    """The number in a cell, text in CSV files; None for anything else, and for integers too large for a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
