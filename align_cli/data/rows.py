@@ -229,7 +229,7 @@ def _delimiter(header: str) -> str:
 
 
 def _whole_records(lines: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """Lines up to max_bytes, then to the end of the record: outside of quoted cells, the quotes read are even in number."""
+    """Lines up to max_bytes, then to the end of the record: an odd number of quotes means an open quoted cell."""
     read, quotes = 0, 0
     for line in lines:
         if max_bytes is not None and read >= max_bytes and quotes % 2 == 0:

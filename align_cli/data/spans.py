@@ -81,7 +81,7 @@ def _spans(
 def _agreed(
     template: Template, messages: list[Message], spans: list[Span], tools: Tools, text: str, prompt: str
 ) -> list[str]:
-    """Set the start of the last span to the end of the generation prompt. Returns notes if they disagree."""
+    """Set the start of the last span to the end of the generation prompt. Returns notes on any mismatch."""
     last = spans[-1]
     if not text.startswith(prompt) or len(prompt) > last.stop:
         added = prompt[len(commonprefix([prompt, text])) :]
