@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from align_cli.data import turns, winners
 from align_cli.data.count import Count
@@ -15,11 +15,11 @@ from align_cli.data.messages import PICTURES, parsed, tools_of
 from align_cli.data.template import THOUGHT
 from align_cli.data.turns import QUESTIONS, Broken, Dropped, Empty, Message
 from align_cli.errors import did_you_mean
+from align_cli.recipe.formats import COLUMNS, NEEDS, SERVES
 from align_cli.recipe.sections import Source
+from align_cli.recipe.stages import RowKind
 
 Row = dict[str, Any]
-Need = Literal["demonstrations", "preferences", "labels", "prompts"]
-"""What a stage needs from a row: >= 1 response; >= 2 ordered, distinct responses; a KTO label; only the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,46 +47,12 @@ class Group:
     """The functions that the assistant may call, as JSON schemas."""
 
 
-WANTS: dict[str, tuple[str, ...]] = {
-    "winner": ("prompt", "better"),
-    "ranked": ("prompt", "responses", "ranks"),
-    "scored": ("prompt", "responses", "scores"),
-    "ranking": ("prompt", "responses"),
-    "kto": ("prompt", "completion", "label"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt-completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "hh": ("chosen", "rejected"),
-    "preference": ("prompt", "chosen", "rejected"),
-    "implicit-prompt": ("chosen", "rejected"),
-    "prompt": ("prompt",),
-}
-"""Format -> the columns it requires."""
 SCORED_PAIR = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
 """Columns of the pair variant of `scored`. It is used only if the source sets the format, since published preference
 files have such columns from all kinds of raters."""
 
-SERVES: dict[Need, tuple[str, ...]] = {
-    "demonstrations": (
-        *("messages", "sharegpt", "prompt-completion", "alpaca", "ranked", "scored", "ranking"),
-        *("hh", "preference", "implicit-prompt", "winner"),
-    ),
-    "preferences": ("winner", "ranked", "scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
-    "labels": ("kto", "winner", "ranked", "scored", "ranking", "sharegpt", "hh", "preference", "implicit-prompt"),
-    "prompts": ("hh", "alpaca", "prompt", "sharegpt", "messages", "implicit-prompt"),
-}
-"""Need -> the formats that serve it, in the order in which they are tried. Files often fit several: with
-ultrafeedback's prompt, chosen, rejected and messages, SFT takes messages and DPO the pair."""
-NEEDS: dict[Need, str] = {
-    "demonstrations": "messages, conversations, prompt and completion, or instruction and output",
-    "preferences": "chosen and rejected, or responses",
-    "labels": "prompt, completion and label, or the columns of preferences",
-    "prompts": "prompt, messages or instruction",
-}
 
-
-def recognise(rows: list[Row], source: Source, need: Need) -> str:
+def recognise(rows: list[Row], source: Source, need: RowKind) -> str:
     """The format of a source from its first rows, or the one it names if its columns exist. Raises Broken."""
     # The union over rows: a column that only one broken row lacks is reported for that row.
     columns: Row = {}
@@ -95,7 +61,7 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
             if value is not None and columns.get(name, "") in ("", []):
                 columns[name] = value
     turns.refuse_pictures(columns)
-    fitting = [name for name in WANTS if _fits(name, columns, need)]
+    fitting = [name for name in COLUMNS if _fits(name, columns, need)]
     if source.format:
         return _named(source.format, columns, need)
     serving = [name for name in SERVES[need] if name in fitting]
@@ -118,17 +84,17 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
             f"{did_you_mean('prompt', names)}"
         )
     has = ", ".join(columns) or "(none)"
-    if any(column in columns for name in fitting for column in WANTS[name]):
+    if any(column in columns for name in fitting for column in COLUMNS[name]):
         raise Broken(
             f"has {has}, but {need} need {NEEDS[need]}; name another file or rename its columns with `columns`"
         )
     nearest = max(SERVES[need], key=lambda name: _share(name, columns))
-    if not _share(nearest, columns) and not any(did_you_mean(column, list(columns)) for column in WANTS[nearest]):
+    if not _share(nearest, columns) and not any(did_you_mean(column, list(columns)) for column in COLUMNS[nearest]):
         raise Broken(
             f"no format has the columns {has}; {need} need {NEEDS[need]};"
             f" rename with `columns: {{{NEEDS[need].split()[0].strip(',')}: their_name}}`"
         )
-    missing = [column for column in WANTS[nearest] if column not in columns] or list(WANTS[nearest])
+    missing = [column for column in COLUMNS[nearest] if column not in columns] or list(COLUMNS[nearest])
     guess = next((hint for column in missing if (hint := did_you_mean(column, list(columns)))), "")
     raise Broken(
         f"no format has the columns {has}; the nearest, {nearest}, lacks {', '.join(missing)}{guess.rstrip('?')};"
@@ -137,14 +103,14 @@ def recognise(rows: list[Row], source: Source, need: Need) -> str:
 
 
 def _share(name: str, columns: Row) -> float:
-    return sum(column in columns for column in WANTS[name]) / len(WANTS[name])
+    return sum(column in columns for column in COLUMNS[name]) / len(COLUMNS[name])
 
 
 def _has(columns: Row, *names: str) -> bool:
     return all(name in columns for name in names)
 
 
-def _fits(name: str, columns: Row, need: Need) -> bool:
+def _fits(name: str, columns: Row, need: RowKind) -> bool:
     """Whether the columns, and the first value of each, are of the format."""
     pair = _has(columns, "chosen", "rejected")
     match name:
@@ -164,11 +130,11 @@ def _fits(name: str, columns: Row, need: Need) -> bool:
             two = isinstance(columns.get("responses"), list) and len(columns["responses"]) == 2
             return _has(columns, "prompt", "better") and (two or winners.pair(columns) is not None)
         case "kto":
-            return _has(columns, *WANTS["kto"]) and turns.truth(columns["label"]) is not None
-    return _has(columns, *WANTS[name])
+            return _has(columns, *COLUMNS["kto"]) and turns.truth(columns["label"]) is not None
+    return _has(columns, *COLUMNS[name])
 
 
-def _winner_named(columns: Row, need: Need) -> tuple[str, str, str] | None:
+def _winner_named(columns: Row, need: RowKind) -> tuple[str, str, str] | None:
     """Two answers and a column that may name the better one."""
     pair = winners.pair(columns) if need in ("preferences", "labels") else None
     near = next((name for name in (*winners.RECOGNISED, *winners.SUSPECTED) if name in columns), None)
@@ -211,7 +177,7 @@ def _role(turn: Any) -> str:
     return str(turn.get("role", "")) if isinstance(turn, dict) else ""
 
 
-def read_columns(name: str, need: Need, source: Source) -> set[str]:
+def read_columns(name: str, need: RowKind, source: Source) -> set[str]:
     """The columns that a format reads, by our names."""
     always = {*turns.SYSTEM, *PICTURES, turns.STRENGTH}
     columns = {"prompt", "instruction", "input", "history", "question", "tools", "functions"}
@@ -219,10 +185,10 @@ def read_columns(name: str, need: Need, source: Source) -> set[str]:
         return (
             always
             | columns
-            | ({"messages", "conversations"} & set(WANTS[name]))
+            | ({"messages", "conversations"} & set(COLUMNS[name]))
             | ({"chosen"} if name in ("hh", "implicit-prompt") else set())
         )
-    own = set(WANTS[name]) | ({"probability"} if need == "preferences" else set())
+    own = set(COLUMNS[name]) | ({"probability"} if need == "preferences" else set())
     match name:
         case "messages" | "sharegpt":
             own |= {"tools", "functions"}
@@ -233,7 +199,7 @@ def read_columns(name: str, need: Need, source: Source) -> set[str]:
             own |= set(winners.RECOGNISED) | {"instruction", "input", "tools"}
         case _:
             own |= {"instruction", "tools", "functions"}
-            own |= {"input", "history"} if "prompt" in WANTS[name] else set()
+            own |= {"input", "history"} if "prompt" in COLUMNS[name] else set()
     if name in ("preference", "winner") or (name == "sharegpt" and need != "demonstrations"):
         own |= {"messages", "chosen", "rejected"}
     if name == "scored":
@@ -243,11 +209,11 @@ def read_columns(name: str, need: Need, source: Source) -> set[str]:
     return always | own
 
 
-def _named(name: str, columns: Row, need: Need) -> str:
+def _named(name: str, columns: Row, need: RowKind) -> str:
     if need != "prompts" and name not in SERVES[need]:
         serve = ", ".join(SERVES[need])
         raise Broken(f"format={name} gives no {need}; they need {NEEDS[need]} (formats {serve})")
-    wants = WANTS[name]
+    wants = COLUMNS[name]
     if name == "scored" and "responses" not in columns and "chosen" in columns:
         wants = SCORED_PAIR
     if name == "sharegpt" and need in ("preferences", "labels"):
@@ -267,7 +233,7 @@ def _named(name: str, columns: Row, need: Need) -> str:
     return name
 
 
-def to_group(row: Row, place: str, name: str, need: Need, drop_empty: bool = False) -> Group:
+def to_group(row: Row, place: str, name: str, need: RowKind, drop_empty: bool = False) -> Group:
     """The group of a row in the named format. Raises Broken and Dropped."""
     turns.refuse_pictures(row)
     tools = tools_of(row)

@@ -13,7 +13,7 @@ from typing import Any
 
 from align_cli.data import refusals
 from align_cli.data.count import Count
-from align_cli.data.format import Group, Need, Row, normalised, read_columns, recognise, to_group
+from align_cli.data.format import Group, Row, normalised, read_columns, recognise, to_group
 from align_cli.data.kinds import note_kinds, text_columns
 from align_cli.data.load import Report, files, fingerprint, is_local, read_rows, refuse
 from align_cli.data.messages import unread_keys
@@ -32,8 +32,9 @@ from align_cli.data.template import without_thoughts
 from align_cli.data.turns import Broken, Dropped, Message
 from align_cli.errors import DataError, did_you_mean, raise_all
 from align_cli.recipe.sections import Data, Source
+from align_cli.recipe.stages import RowKind
 
-__all__ = ["Count", "Group", "Groups", "Message", "Need", "check_sources", "labelled", "preference_pairs"]
+__all__ = ["Count", "Group", "Groups", "Message", "check_sources", "labelled", "preference_pairs"]
 __all__ += ["read_groups", "stream_eval", "stream_groups"]
 
 SAMPLE = 64
@@ -75,7 +76,7 @@ class Problems:
         return self.shown + ([f"{self.path}: … and {more} more"] if more else [])
 
 
-def read_groups(data: Data, need: Need, seed: int, cells: Sequence[str] = ()) -> Groups:
+def read_groups(data: Data, need: RowKind, seed: int, cells: Sequence[str] = ()) -> Groups:
     """Read all groups into memory, split and weighted; the training groups keep the row's columns named in `cells`.
     Raises DataError with every problem of every source."""
     lines, counts = _fraction_lines(data), _counts(data)
@@ -99,7 +100,7 @@ def read_groups(data: Data, need: Need, seed: int, cells: Sequence[str] = ()) ->
     return Groups(list(chain(*trained)), held_out + list(chain(*evals)), counts, leaked)
 
 
-def stream_groups(data: Data, need: Need, seed: int, counts: list[Count]) -> Iterator[Group]:
+def stream_groups(data: Data, need: RowKind, seed: int, counts: list[Count]) -> Iterator[Group]:
     """One epoch of training groups, with one row in memory at a time. Inserts one Count per source at the front of
     `counts`, and fills it while reading.
 
@@ -119,7 +120,7 @@ def stream_groups(data: Data, need: Need, seed: int, counts: list[Count]) -> Ite
     )
 
 
-def stream_eval(data: Data, need: Need, seed: int, counts: list[Count]) -> list[Group]:
+def stream_eval(data: Data, need: RowKind, seed: int, counts: list[Count]) -> list[Group]:
     """The eval groups for streaming. Eval sources are read whole, and their counts are added to `counts`; a fraction
     gives the first 512 groups that are held out of the training sources. Raises DataError."""
     lines, opened = _fraction_lines(data), _counts(data)[len(data.train) :]
@@ -137,7 +138,7 @@ def stream_eval(data: Data, need: Need, seed: int, counts: list[Count]) -> list[
 
 
 def check_sources(
-    data: Data, need: Need, *, cells: Sequence[str] = (), max_bytes: int = CHECKED, tokenizer: Any = None
+    data: Data, need: RowKind, *, cells: Sequence[str] = (), max_bytes: int = CHECKED, tokenizer: Any = None
 ) -> tuple[list[str], list[Count]]:
     """Every problem, one line each, and the counts; hub ids are skipped. With a `tokenizer` (a chat template and
     special tokens are enough), the first rows of every source are rendered, and those that the template refuses are
@@ -170,7 +171,7 @@ def check_sources(
 def _groups_of(
     source: Source,
     data: Data,
-    need: Need,
+    need: RowKind,
     count: Count,
     report: Report,
     max_bytes: int | None = None,
@@ -269,7 +270,7 @@ def _counts(data: Data) -> list[Count]:
 
 
 def _read_source(
-    source: Source, count: Count, data: Data, need: Need, lines: list[str], cells: Sequence[str] = ()
+    source: Source, count: Count, data: Data, need: RowKind, lines: list[str], cells: Sequence[str] = ()
 ) -> list[Group]:
     """Groups of a whole source; fills its count and adds its problems to `lines`."""
     problems = Problems(source)
@@ -294,7 +295,7 @@ def _too_few(fraction: float) -> str:
     return f"data.eval: {fraction:g} of a single prompt cannot be held out; add prompts or name an eval source"
 
 
-def _passes(source: Source, data: Data, need: Need, seed: int, count: Count, held_out: float) -> Iterator[Group]:
+def _passes(source: Source, data: Data, need: RowKind, seed: int, count: Count, held_out: float) -> Iterator[Group]:
     """Training groups of a streamed source, repeated by its weight; only the first pass fills `count`."""
     whole, part = int(source.weight), source.weight - int(source.weight)
     for number in range(whole + bool(part)):

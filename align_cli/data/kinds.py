@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from align_cli.data import turns
-from align_cli.data.format import WANTS, Need
 from align_cli.data.turns import Broken
+from align_cli.recipe.formats import COLUMNS
+from align_cli.recipe.stages import RowKind
 
 TEXTS = ("prompt", "completion", "chosen", "rejected", "responses")
 """Columns that hold strings or message lists, the same kind in all rows; a mixture means a broken conversion."""
 KINDS = {turns.STRING, turns.MESSAGES}
 
 
-def text_columns(name: str, need: Need) -> tuple[str, ...]:
+def text_columns(name: str, need: RowKind) -> tuple[str, ...]:
     """The columns of a format that hold strings or message lists, the same kind in every row."""
     if need == "prompts":
         return ("prompt",)
-    wants = {"hh": WANTS["preference"], "scored": (*WANTS["preference"], "responses")}.get(name, WANTS[name])
+    wants = {"hh": COLUMNS["preference"], "scored": (*COLUMNS["preference"], "responses")}.get(name, COLUMNS[name])
     return tuple(column for column in wants if column in TEXTS)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from align_cli.recipe.formats import COLUMNS
 from align_cli.recipe.stages import STAGES, RowKind, StageSpec
 
 if TYPE_CHECKING:
@@ -67,24 +68,7 @@ class Source:
     """Split of a hub id or of a `datasets` directory that holds several."""
     weight: Positive = 1.0
     """Share of the source's rows in an epoch: 0.5 takes a seeded half, 2 takes every row twice."""
-    format: (
-        Literal[
-            "messages",
-            "prompt-completion",
-            "alpaca",
-            "sharegpt",
-            "preference",
-            "implicit-prompt",
-            "hh",
-            "ranking",
-            "scored",
-            "ranked",
-            "winner",
-            "kto",
-            "prompt",
-        ]
-        | None
-    ) = None
+    format: Literal[*COLUMNS] | None = None
     """Row format; null recognises it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: {our column: their column}, for files whose columns have other names; `completions[].response` reaches
