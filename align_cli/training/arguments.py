@@ -1,4 +1,4 @@
-"""Training arguments of every stage: our defaults, the recipe's `trainer:`, and what other keys stand for."""
+"""Training arguments of every stage: our defaults, the recipe's `trainer:`, and values derived from other keys."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
-    """The stage's training arguments: our defaults, then the recipe's `trainer:`, then what other keys stand for.
+    """Build the stage's training arguments.
 
-    Must be built before any model, or ZeRO-3 does not shard while loading.
+    The recipe's `trainer:` overrides our defaults; `own` and values derived from other recipe keys override both. Must
+    be called before any model is loaded, or ZeRO-3 does not shard while loading.
     """
     recipe, cuda = job.recipe, torch.cuda.is_available()
     defaults: dict[str, Any] = {
-        # TRL's own default is bf16 on a machine that cannot do it, and float32 is what the recipe's dtype promises
+        # TRL defaults to bf16 even where the hardware does not support it; the recipe's dtype promises float32 there
         "bf16": cuda and torch.cuda.is_bf16_supported() and not recipe.trainer.get("fp16", False),
         "gradient_checkpointing": cuda,
         "logging_steps": 1 if not cuda else 10,
@@ -55,9 +56,9 @@ def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
     }
     given = dict(recipe.trainer)
     if given.get("save_total_limit") == 1:
-        # the older checkpoint goes before the newer one is marked whole, and a kill between would leave none
+        # the older checkpoint is deleted before the newer one is marked complete; a kill in between would leave none
         given["save_total_limit"] = 2
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed announces the operators it builds
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the operators it builds
         args = cls(**{**defaults, **given, **fixed})
         if args.deepspeed:
             import deepspeed
@@ -65,6 +66,6 @@ def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
             zero.build_operators()
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
             zero.unlink_buffers()
-    # adapters that are drawn before a trainer exists must be the same on every rank and every time
+    # adapters initialised before the trainer exists must be identical on every rank and in every run
     set_seed(recipe.seed)
     return args

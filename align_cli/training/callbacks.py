@@ -1,4 +1,4 @@
-"""Callbacks that every trainer carries: the progress line, metrics.jsonl, checkpoint marks, and stopping in order."""
+"""Callbacks of every trainer: progress line, metrics.jsonl, checkpoint markers, and a clean stop on a signal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from align_cli import distributed
 from align_cli.training.stop import StopRequest
 
 DROPPED = ("epoch", "total_flos", "num_tokens", "runtime", "samples_per_second", "steps_per_second")
-"""Log entries that say nothing of the method, with or without eval_ before them."""
+"""Log entries unrelated to the method, left out of metrics.jsonl with or without the prefix eval_."""
 PLAIN_LINES = 20
-"""Lines that a run prints without a terminal to redraw a bar in."""
+"""Progress lines that a run prints if the console is not a terminal."""
 
 
 class Metrics(TrainerCallback):
-    """One JSON object a logging step: step, epoch, loss, tokens_per_second, and what the method adds."""
+    """Writes one JSON object per logging step: step, epoch, loss, tokens_per_second, and the method's own metrics."""
 
     def __init__(self, file: Path, count_tokens: Callable[[], int]):
         self.file, self.count_tokens = file, count_tokens
@@ -46,14 +46,14 @@ class Metrics(TrainerCallback):
         row = {key: value for key, value in row.items() if isinstance(value, (int, float, str))}
         self.last |= row
         if state.is_world_process_zero:
-            # NaN is not valid JSON; a reader should see null, not fail
+            # NaN is not valid JSON; write null so that parsers do not fail
             row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
 
 
 class ProgressLine(TrainerCallback):
-    """A bar with step, loss, tokens/s and time left, redrawn in place; a plain line a log where nobody watches."""
+    """A progress bar with step, loss, tokens/s and time left; plain lines if the console is not a terminal."""
 
     def __init__(self, label: str, metrics: Metrics, console: Console):
         self.label, self.metrics, self.console = label, metrics, console
@@ -102,7 +102,7 @@ class ProgressLine(TrainerCallback):
 
 
 class CheckpointMarks(TrainerCallback):
-    """Marks a checkpoint as whole once every rank has written its part."""
+    """Marks a checkpoint as complete once every rank has written its part."""
 
     def __init__(self, marker: str):
         self.marker = marker
@@ -114,7 +114,7 @@ class CheckpointMarks(TrainerCallback):
 
 
 class OrderlyStop(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once any rank was signalled."""
+    """Saves a checkpoint and ends training after the current step if any rank received a signal."""
 
     def __init__(self):
         self.request = StopRequest()

@@ -1,4 +1,4 @@
-"""Checkpoints that a run resumes from, and the last save: the model, whole, in the run directory."""
+"""Checkpoints that a run resumes from, and the final save of the whole model into the run directory."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from align_cli.training.job import Job
 def finish(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, state_dict: dict[str, Any] | None = None
 ) -> None:
-    """The last save. Checkpoints go, unless the recipe asked for them."""
+    """Save the final model. Deletes the checkpoints unless the recipe configures them."""
     save(trainer, tokenizer, job, state_dict)
     if job.main and not {"save_steps", "save_strategy", "save_total_limit"} & set(job.recipe.trainer):
-        # ours were for resuming only
+        # our default checkpoints serve only to resume
         shutil.rmtree(job.run.checkpoints, ignore_errors=True)
 
 
 def check_ranks(checkpoint: Path, job: Job) -> None:
-    """Raise LaunchError if ZeRO state was written by another number of ranks."""
+    """Raise LaunchError if the checkpoint holds ZeRO state that a different number of ranks wrote."""
     record = checkpoint.parent / "ranks.json"
     made_by = json.loads(record.read_text())["world_size"] if record.is_file() else job.ranks
     if job.recipe.zero.stage and made_by != job.ranks:
         raise LaunchError(
-            f"{checkpoint}: was written by {made_by} ranks, and ZeRO state cannot be cut for {job.ranks}; "
+            f"{checkpoint}: was written by {made_by} ranks, and ZeRO state cannot be resharded for {job.ranks}; "
             f"resume with launch.num_gpus={made_by}, or start anew with force=true"
         )
 
@@ -43,11 +43,12 @@ def check_ranks(checkpoint: Path, job: Job) -> None:
 def save(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, state_dict: dict[str, Any] | None = None
 ) -> None:
-    """Write the model, or the adapter, and the tokenizer into the run directory, and look at what was written.
+    """Write the model (or adapter) and the tokenizer into the run directory, and verify the written weights.
 
-    `state_dict`, the same on rank 0 under any ZeRO stage, is written where more than the model was trained.
+    `state_dict` is written in place of the trainer's weights, for trainers that hold more than the model (a value
+    function). Rank 0 has it whole under any ZeRO stage.
 
-    Raises RuntimeError if a tensor is missing or empty: some sharded saves are, in silence (DeepSpeed#3841, #7900).
+    Raises RuntimeError if a tensor is missing or empty: some sharded saves fail silently (DeepSpeed#3841, #7900).
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     generates = model.can_generate()
@@ -71,7 +72,7 @@ def save(
 
 
 def _name_base(job: Job) -> None:
-    """The adapter's base, by the path it was read from and its weights' fingerprint."""
+    """Record the adapter's base: the path it was read from and the fingerprint of its weights."""
     file = job.run.path / "adapter_config.json"
     config = json.loads(file.read_text())
     config["base_model_name_or_path"] = job.base
@@ -93,7 +94,7 @@ def _look_at_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         return
     tied = libraries.tied_weights(model)
     for name, parameter in model.named_parameters():
-        # under ZeRO-3 this rank holds a part; ds_shape is the whole
+        # under ZeRO-3 this rank holds a shard; ds_shape is the full shape
         shape = list(getattr(parameter, "ds_shape", parameter.shape))
         if name not in tied and saved.get(name) != shape:
             raise RuntimeError(f"{folder}: {name} was saved as {saved.get(name)}, the model holds {shape}")

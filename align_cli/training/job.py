@@ -1,4 +1,4 @@
-"""What a stage is given and what it hands back. The worker writes the manifest from it."""
+"""The input and the result of a stage. The worker writes the manifest from the result."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Job(Generic[AnyRecipe]):
     ranks: int
     console: Console
     cache: Path
-    """Shared by runs: the reference's log-probabilities."""
+    """Cache directory shared by all runs; holds the reference's log-probabilities."""
     base: str
-    """Where the policy's weights are read: the recipe's path, or an adapter parent merged into this run."""
+    """Where the policy's weights are read from: the recipe's path, or the merged model of an adapter parent."""
     reference: str | None = None
-    """Where another reference's weights are read; None for the policy as it starts."""
+    """Where the weights of a separate reference are read from; None if the reference is the initial policy."""
 
     @property
     def main(self) -> bool:
@@ -49,21 +49,21 @@ class Job(Generic[AnyRecipe]):
 
 @dataclass
 class Outcome:
-    """What a stage leaves for the manifest."""
+    """The result of a stage, for the manifest."""
 
     metrics: dict[str, Any]
     counts: list[Count] = field(default_factory=list)
     stopped_by: int | None = None
-    """Signal that ended training early; such a run is not finished."""
+    """Signal that ended training early; the run is then unfinished."""
     extra: dict[str, Any] = field(default_factory=dict)
     parents: list[dict[str, Any]] = field(default_factory=list)
-    """Parents beside those that the recipe names: the last of a loop's rounds."""
+    """Parents that the recipe does not name: the last round of a loop."""
 
 
 def fold_in(counts: list[Count], tally: Tally, max_dropped: float) -> list[str]:
-    """Lines for the screen about what all rows came to, once they are tokens.
+    """Lines to print about rows used, dropped and truncated, once all rows are tokenized.
 
-    Raises DataError if more than `max_dropped` of a source's rows are dropped by now, or all of them.
+    Raises DataError if more than the share `max_dropped` of a source's rows was dropped, or all of them.
     """
     raise_all(DataError, [line for count in counts for line in count.too_many_dropped(max_dropped)])
     lines = [line for count in counts for line in count.lines()]

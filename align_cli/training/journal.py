@@ -1,8 +1,8 @@
-"""A journal of rows: each is on disk as soon as it is made, so a kill loses only those in flight.
+"""A journal of generated rows: each row is on disk as soon as it is made, so a kill loses only those in flight.
 
-A phase is cut into units that are the same on any number of ranks and after any kill, so that a row is always made
-beside the same others: batches round differently, and one token that differs would change all that follows. Each rank
-appends its units to a file of its own; when all are there, rank 0 writes the phase's file in the order of rows.
+A phase is split into units that are the same on any number of ranks and after any kill, so that a row is always
+generated in the same batch: rounding depends on the batch, and one different token would change all that follow. Each
+rank appends its units to its own file; once all units are done, rank 0 writes the phase's file in row order.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from align_cli.training.stop import Stopped, StopRequest
 
 Row = dict[str, Any]
 Unit = Sequence[int]
-"""Numbers of rows that are made together."""
+"""Numbers of the rows that are made in one call."""
 Make = Callable[[Unit], list[Row]]
 PROGRESS_LINES = 10
-"""Lines of progress that a phase prints."""
+"""Progress lines that a phase prints."""
 
 
 class RowJournal:
@@ -41,13 +41,13 @@ class RowJournal:
         self._lock = threading.Lock()
 
     def listening(self) -> contextlib.AbstractContextManager[None]:
-        """Within, Ctrl-C and SIGTERM end the run after the unit in hand; a second signal ends it at once."""
+        """A context in which Ctrl-C or SIGTERM ends the run after the current unit; a second signal ends it at once."""
         return self.stop.listening()
 
     # -- finished phases
 
     def file(self, name: str) -> Path:
-        """Where a finished phase's rows are."""
+        """Path of a finished phase's rows."""
         return self.folder / f"{name}.jsonl"
 
     def read(self, name: str) -> list[Row] | None:
@@ -57,7 +57,7 @@ class RowJournal:
         )
 
     def write(self, name: str, rows: Sequence[Row]) -> list[Row]:
-        """Write a phase's file, whole or not at all. Returns the rows."""
+        """Write a phase's file atomically. Returns the rows."""
         if self.job.main:
             write_atomically(self.file(name), "".join(_line(row) for row in rows))
         distributed.barrier()
@@ -69,7 +69,7 @@ class RowJournal:
             for name in names:
                 self.file(name).unlink(missing_ok=True)
 
-    # -- phases that are being made
+    # -- phases in progress
 
     def fill(
         self,
@@ -81,12 +81,12 @@ class RowJournal:
         together: bool = False,
         label: str | None = None,
     ) -> list[Row]:
-        """The rows of a phase, each with its number under `row`: those kept before, and those that `make` returns for
-        the missing units.
+        """The rows of a phase, each with its number under `row`: rows of earlier attempts, and those that `make`
+        returns for the missing units.
 
-        `workers` units are made at a time; with `together`, all ranks make as many, as ZeRO-3 needs, whose forward
-        passes are collective. Raises Stopped on every rank if one received a signal, and AlignError on every rank if
-        one raised it.
+        `workers` units are made at a time. With `together`, all ranks make the same number of units, which ZeRO-3
+        needs because its forward passes are collective. Raises Stopped on every rank if one received a signal, and
+        AlignError on every rank if one raised it.
         """
         total = sum(map(len, units))
         if (done := self.read(name)) is not None and len(done) >= total:
@@ -124,7 +124,7 @@ class RowJournal:
     def _made_together(
         self, name: str, mine: Sequence[Unit], missing: Sequence[Unit], make: Make, total: int, label: str
     ) -> Iterator[Row]:
-        """Rows of this rank's units; a rank that has fewer than others repeats one and throws its rows away."""
+        """Rows of this rank's units; a rank with fewer units than others repeats one and discards its rows."""
 
         def results() -> Iterator[list[Row]]:
             for number in range(-(-len(missing) // self.job.ranks)):
@@ -139,7 +139,7 @@ class RowJournal:
     def _recorded(
         self, name: str, units: Sequence[Unit], results: Iterator[list[Row]], total: int, label: str
     ) -> Iterator[Row]:
-        """The rows of this rank's units, each unit on disk before its rows are passed on."""
+        """The rows of this rank's units. Each unit is written to disk before its rows are yielded."""
         made, due, started = 0, 0.0, time.monotonic()
         own = sum(map(len, units))
         with self._part(name).open("a", encoding="utf-8") as stream:
@@ -161,9 +161,9 @@ class RowJournal:
         return sorted(self.folder.glob(f".{name.lstrip('.')}.part-*.jsonl"))
 
     def _kept(self, name: str, units: Sequence[Unit]) -> dict[int, Row]:
-        """Rows of whole units that earlier runs, of any number of ranks, left. Rows of torn units are dropped."""
+        """Rows of complete units from earlier attempts on any number of ranks. Rows of incomplete units are dropped."""
         by_number: dict[int, Row] = {}
-        # the phase's own file may be one that was cut short
+        # the phase's own file may be incomplete, too
         for part in [self.file(name), *self._parts(name)]:
             by_number |= {row["row"]: row for row in read_rows(part)} if part.is_file() else {}
         # hosts need not share a file system
@@ -175,16 +175,16 @@ class RowJournal:
         distributed.barrier()
         return {number: row for number, row in by_number.items() if number in whole}
 
-    # -- usage of models that are paid for
+    # -- token usage of generators
 
     def spend(self, who: str, used: dict[str, int]) -> None:
-        """Note what a generator used, on disk, so that a killed run's bill is not forgotten."""
+        """Record a generator's token usage on disk, so that it survives a kill."""
         file = self.folder / f".usage-{self.job.rank}.jsonl"
         with self._lock, file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"who": who} | used) + "\n")
 
     def spent(self) -> dict[str, dict[str, int]]:
-        """What every generator used, over all ranks and all attempts."""
+        """Token usage of every generator, over all ranks and all attempts."""
         files = {file.name: file.read_text(encoding="utf-8") for file in self.folder.glob(".usage-*.jsonl")}
         totals: dict[str, Counter[str]] = {}
         for text in {name: text for theirs in distributed.gather(files) for name, text in theirs.items()}.values():
@@ -196,7 +196,7 @@ class RowJournal:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a file; a line that a kill tore is left out."""
+    """The rows of a file; lines that a kill left incomplete are skipped."""
     rows = []
     for line in file.read_bytes().split(b"\n"):
         try:
@@ -213,8 +213,8 @@ def _line(row: Row) -> str:
 
 
 def _results(units: Sequence[Unit], make: Make, workers: int, stopping: Callable[[], bool]) -> Iterator[list[Row]]:
-    """What `make` returns for each unit, in the order of completion. No unit begins once it is `stopping`; when one
-    fails, those that are done are still passed on."""
+    """What `make` returns for each unit, in order of completion. No unit starts once `stopping()` is true; if one
+    fails, the results of units that are already running are still yielded before the error is raised."""
     if workers == 1:
         for unit in units:
             if stopping():

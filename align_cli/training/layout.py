@@ -1,9 +1,9 @@
-"""Groups of token ids -> what goes through the model, and where in it the responses end.
+"""Packs groups of token ids into model inputs, with the positions at which the responses end.
 
 Two layouts that give the same scores:
   shared  a group is one row, [prompt][response 1]…[response K]; each response sees the prompt and itself (4-D mask),
           and its positions start at the prompt's end. The prompt goes through the model once, not K times.
-  rows    a response is one row, [prompt][response], padded on the right: for models without 4-D masks.
+  rows    a response is one row, [prompt][response], padded on the right; for models without support for 4-D masks.
 
 Shapes: b groups, k responses of a group (padded to the largest), t tokens of a row, n rows.
 """
@@ -26,14 +26,14 @@ class Packed:
     """A micro-batch of groups."""
 
     inputs: dict[str, Tensor]
-    """What the model takes: input_ids (n, t), attention_mask (n, t) or (n, 1, t, t), position_ids, ends (n, e)."""
+    """Model inputs: input_ids (n, t), attention_mask (n, t) or (n, 1, t, t), position_ids, ends (n, e)."""
     there: Tensor
-    """(b, k) whether the group has such a response."""
+    """(b, k) whether the response exists; False for padding."""
     tokens: int
     """Tokens that are not padding."""
 
     def regroup(self, values: Tensor) -> Tensor:
-        """(n, e, …) values at the responses' ends -> (b, k, …), 0 for responses that are not there."""
+        """(n, e, …) values at the responses' ends -> (b, k, …), 0 for padded responses."""
         if values.shape[:2] == self.there.shape:
             return values * self.there.view(*self.there.shape, *[1] * (values.dim() - 2)).to(values.dtype)
         grouped = values.new_zeros(*self.there.shape, *values.shape[2:])
@@ -41,10 +41,10 @@ class Packed:
         return grouped
 
     def predicting(self, rows: list[Row]) -> Tensor:
-        """(n, t) where the next token belongs to the same response: every token of a response but the last."""
+        """(n, t) mask of positions whose next token belongs to the same response: all response tokens but the last."""
         positions = torch.zeros(self.inputs["input_ids"].shape, dtype=torch.bool)
         ends, lengths = self.inputs["ends"].tolist(), [[len(response) for response in row["responses"]] for row in rows]
-        if self.inputs["ends"].shape != self.there.shape:  # a response a row
+        if self.inputs["ends"].shape != self.there.shape:  # one response per row
             lengths = [[length] for group in lengths for length in group]
         for at, (lasts, counts) in enumerate(zip(ends, lengths, strict=True)):
             for last, count in zip(lasts, counts, strict=False):
@@ -53,7 +53,7 @@ class Packed:
 
 
 def shared(rows: list[Row], pad: int, device: torch.device | str = "cpu") -> Packed:
-    """One row a group, the prompt held once."""
+    """One row per group; the prompt is in it once."""
     k = max(len(row["responses"]) for row in rows)
     flat, positions, owners, ends = [], [], [], []
     for row in rows:
@@ -72,7 +72,7 @@ def shared(rows: list[Row], pad: int, device: torch.device | str = "cpu") -> Pac
     t = owner.shape[1]
     causal = torch.ones(t, t, dtype=torch.bool, device=device).tril()
     sees = (owner.unsqueeze(1) == 0) | (owner.unsqueeze(1) == owner.unsqueeze(2))
-    # padding sees padding, since a row of the mask without any entry gives NaN
+    # padding attends to padding, since a mask row without any entry gives NaN
     mask = (sees & causal & ((owner.unsqueeze(1) >= 0) | (owner.unsqueeze(2) < 0))).unsqueeze(1)
     inputs = {
         "input_ids": _padded(flat, pad, device),
@@ -84,7 +84,7 @@ def shared(rows: list[Row], pad: int, device: torch.device | str = "cpu") -> Pac
 
 
 def separate(rows: list[Row], pad: int, device: torch.device | str = "cpu") -> Packed:
-    """One row a response."""
+    """One row per response."""
     flat = [row["prompt_ids"] + response for row in rows for response in row["responses"]]
     lengths = torch.tensor([len(ids) for ids in flat], device=device)
     ids = _padded(flat, pad, device)
@@ -109,10 +109,11 @@ def scored(
     device: torch.device | str,
     even: Callable[[list[list[int]]], list[list[int]]] = lambda parts: parts,
 ) -> list[Tensor]:
-    """Per group the (k, h) float32 scores of its responses, on the CPU, one row a response and `tokens` at a time.
+    """Per group the (k, h) float32 scores of its responses, on the CPU. Runs one row per response, at most `tokens`
+    tokens at a time.
 
-    `forward` gives the (n, 1, h) scores of a micro-batch's inputs; `even` may repeat micro-batches, where ranks must
-    run as many.
+    `forward` gives the (n, 1, h) scores of a micro-batch's inputs. `even` may repeat micro-batches where all ranks must
+    run the same number.
     """
     scores: dict[int, Tensor] = {}
     for part in even(fill(rows, "rows", tokens)):
@@ -123,7 +124,7 @@ def scored(
 
 
 def size(row: Row, layout: str) -> tuple[int, int]:
-    """(model rows, tokens of the longest) that a group takes up."""
+    """(model rows of a group, tokens of its longest row)."""
     lengths = [len(response) for response in row["responses"]]
     if layout == "shared":
         return 1, len(row["prompt_ids"]) + sum(lengths)
@@ -131,8 +132,9 @@ def size(row: Row, layout: str) -> tuple[int, int]:
 
 
 def fill(rows: list[Row], layout: str, tokens: int) -> list[list[int]]:
-    """Indices of the rows in micro-batches of at most `tokens`, padding included; longest first, so that neighbours
-    are alike. A group is never cut: one that is larger by itself is a micro-batch of its own."""
+    """Indices of the groups in micro-batches of at most `tokens` tokens, padding included. Sorted longest first, so
+    that groups of a micro-batch have similar lengths. A group is never split: one over the limit is a micro-batch of
+    its own."""
     order = sorted(range(len(rows)), key=lambda at: (-size(rows[at], layout)[1], at))
     batches: list[list[int]] = []
     height = width = 0

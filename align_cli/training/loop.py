@@ -22,12 +22,12 @@ from align_cli.training.samples import Samples
 
 
 def run_to_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, counts: list[Count]) -> Outcome:
-    """Samples before, the loop, samples after, the save: everything from a built trainer to a finished run."""
+    """Answer the samples, train, answer them again, and save: everything from a built trainer to a finished run."""
     samples = Samples(job, tokenizer)
     samples.answer(trainer, "before")
     metrics, stopped_by = loop(trainer, job)
     if job.recipe.data.streaming:
-        # other rows were counted, and their counts printed, before the first step
+        # counts of rows that are not streamed were printed before the first step
         for line in (line for count in counts for line in count.lines()):
             job.say(line)
     if stopped_by is None:
@@ -37,9 +37,9 @@ def run_to_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, c
 
 
 def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tuple[dict[str, Any], int | None]:
-    """Train from the last whole checkpoint, if there is one. Returns the final metrics and the signal that stopped it.
+    """Train, from the last complete checkpoint if one exists. Returns final metrics and the signal that stopped it.
 
-    Raises LaunchError if the checkpoint was written by another number of ranks under ZeRO.
+    Raises LaunchError if the checkpoint was written under ZeRO by a different number of ranks.
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -81,7 +81,7 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
 
 
 def _peak_memory() -> int:
-    """The most that this process has held so far, in MiB: of its GPU, or of main memory without one."""
+    """Peak memory of this process so far, in MiB: GPU memory, or main memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() >> 20
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

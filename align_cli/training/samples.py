@@ -1,4 +1,4 @@
-"""samples.jsonl: the same prompts answered greedily before and after, one JSON object a prompt."""
+"""samples.jsonl: greedy answers to the same prompts before and after training, one JSON object per prompt."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from align_cli.run.directory import write_atomically
 from align_cli.training.job import Job
 
 BEFORE = ".samples-before.json"
-"""Where a run keeps the answers from before its first step until it has those from after its last."""
+"""File that keeps the answers from before training until the answers from after training are written."""
 BATCH = 32
-"""Prompts answered at a time."""
+"""Prompts per generation batch."""
 
 
 class Samples:
-    """The recipe's sample prompts and what the model said to them."""
+    """The recipe's sample prompts and the model's answers to them."""
 
     def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase):
         self.job, self.tokenizer = job, tokenizer
@@ -29,7 +29,7 @@ class Samples:
         self.before = job.run.path / BEFORE
 
     def answer(self, trainer: Trainer, when: str) -> None:
-        """Answer every prompt `before` or `after` training; the second time writes samples.jsonl.
+        """Answer every prompt; `when` is "before" or "after" training. After training, write samples.jsonl.
 
         A resumed run keeps the answers from before its first step.
         """

@@ -1,8 +1,8 @@
-"""Training on groups, an optimizer step at a time: cut into micro-batches by tokens, the prompt shared where it can be.
+"""Base trainer for reward models and preference losses: trains on groups, split into micro-batches by tokens.
 
-What reward models and preference losses have in common. A data loader's batch is all of a rank's groups of one
-optimizer step; `batch_tokens` decides how many go through the model at a time. The loss is the mean over the groups of
-all ranks, however they are cut.
+A data loader's batch holds all of a rank's groups of one optimizer step; `batch_tokens` limits how many go through the
+model at a time. The prompt of a group is computed once if the model allows it (`training.layout`). The loss is the mean
+over the groups of all ranks, independent of the split.
 
 Shapes: b groups.
 """
@@ -25,11 +25,11 @@ from align_cli.training import layout as layouts
 from align_cli.training.layout import Packed, Row
 
 AGREE = 0.05
-"""Relative difference of what both layouts give up to which they count as the same: bfloat16 rounding is 0.01."""
+"""Relative difference up to which the outputs of both layouts count as equal. bfloat16 rounding is about 0.01."""
 
 
 class Batch:
-    """Groups as they pass through a data loader, which must not look into them."""
+    """Groups of a batch, wrapped so that the data loader does not collate or move their contents."""
 
     def __init__(self, rows: list[Row]):
         self.rows = rows
@@ -41,7 +41,7 @@ def collate(rows: list[Row]) -> dict[str, Batch]:
 
 
 class StepTrainer(Trainer):
-    """A trainer over groups. Subclasses say what they make of a micro-batch."""
+    """A trainer over groups. Subclasses compute the losses of a micro-batch."""
 
     loss_is_scaled_for_ga = True
 
@@ -59,28 +59,28 @@ class StepTrainer(Trainer):
         set_trained_tokens(self, 0)
         self.model_accepts_loss_kwargs = False
 
-    # -- what a method says
+    # -- overridden by methods
 
     def weights(self, rows: list[Row]) -> Tensor:
-        """(b,) what each group counts for in the mean."""
+        """(b,) weight of each group in the mean."""
         return torch.ones(len(rows))
 
     def losses(self, model: Any, rows: list[Row]) -> tuple[Tensor, Any]:
-        """(b,) losses of a micro-batch, and what `note` is to remember of it."""
+        """(b,) losses of a micro-batch, and its metrics for `note`."""
         raise NotImplementedError
 
     def note(self, figures: Any, rows: list[Row]) -> None:
-        """Remember figures of a micro-batch for the next log."""
+        """Accumulate the metrics of a micro-batch for the next log."""
         raise NotImplementedError
 
     def probe(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
-        """What both layouts must give alike for the shared one to be used."""
+        """The output that must agree between both layouts for the shared one to be used."""
         raise NotImplementedError
 
     # -- layout
 
     def settled(self, model: Any, rows: list[Row]) -> str:
-        """The layout in use; `auto` tries the shared one on the first groups and keeps it if it gives the same."""
+        """The layout in use. `auto` runs both on the first group and keeps the shared one if the outputs agree."""
         if self.layout != "auto":
             return self.layout
         error = torch.tensor(1.0, device=self.args.device)
@@ -97,7 +97,7 @@ class StepTrainer(Trainer):
         error = self.accelerator.gather(error.reshape(1)).max().item()
         self.layout = "shared" if error < AGREE else "rows"
         if self.layout == "rows":
-            self.say("this model's attention takes no 4-D masks: every response goes through it with its own prompt")
+            self.say("this model's attention does not support 4-D masks: each response is computed with its own copy of the prompt")
         return self.layout
 
     def packed(self, model: Any, rows: list[Row]) -> Packed:
@@ -107,7 +107,7 @@ class StepTrainer(Trainer):
     # -- training
 
     def training_step(self, model: Any, inputs: dict[str, Batch], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward over one optimizer step's groups. Returns the loss, scaled so that the mean over ranks
+        """Forward and backward over one optimizer step's groups. Returns the loss, scaled so that its mean over ranks
         is the mean over groups."""
         model.train()
         rows = inputs["groups"].rows
@@ -130,15 +130,15 @@ class StepTrainer(Trainer):
         return loss
 
     def _even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
-        """(groups, 1) a micro-batch; ranks with fewer repeat their last one with weight 0, since collectives run in
-        every forward pass of ZeRO-3."""
+        """Micro-batches as (indices of groups, weight). Ranks with fewer micro-batches repeat their last one with weight
+        0, because every forward pass of ZeRO-3 runs collectives."""
         count = torch.tensor([len(parts)], device=self.args.device)
         most = int(self.accelerator.gather(count).max())
         return [(part, 1.0) for part in parts] + [(parts[-1], 0.0)] * (most - len(parts))
 
     @contextlib.contextmanager
     def _synchronizing(self, model: Any, last: bool):
-        """Gradients are exchanged, and DeepSpeed steps, only after the last micro-batch."""
+        """A context in which gradients are exchanged, and DeepSpeed steps, only after the last micro-batch."""
         state = self.accelerator.gradient_state
         exchange_gradients(state, last)
         ddp = hasattr(model, "no_sync") and not self.is_deepspeed_enabled
@@ -152,11 +152,11 @@ class StepTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    # -- measuring
+    # -- evaluation
 
     @torch.no_grad()
     def measured(self, rows: list[Row], measure: Callable[[Any, list[Row]], list[Any]]) -> list[Any]:
-        """What `measure(model, groups)` gives for every group, in the order of `rows`, the same on every rank."""
+        """The result of `measure(model, groups)` for every group, in the order of `rows`, identical on every rank."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = list(range(rank, len(rows), ranks)) or [0]
         model = self.model_wrapped if self.is_deepspeed_enabled and self.model_wrapped is not self.model else self.model
@@ -174,7 +174,7 @@ class StepTrainer(Trainer):
         return [every[at] for at in range(len(rows))]
 
     def report(self, figures: dict[str, float], prefix: str) -> dict[str, float]:
-        """Log held-out figures under a prefix; returns them as they were logged."""
+        """Log held-out metrics under a prefix. Returns them with the prefix."""
         logs = {f"{prefix}_{key}": value for key, value in figures.items()}
         self.log(dict(logs))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

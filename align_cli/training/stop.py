@@ -1,4 +1,4 @@
-"""Stopping in order: a signal ends the work after the step in hand, on all ranks together."""
+"""Clean stop on a signal: all ranks finish the current step and stop together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from align_cli.signals import caught_by, deliver
 
 
 class Stopped(Exception):
-    """A signal ended the run between two units of work; `number` is the signal's."""
+    """A signal ended the run between two units of work; `number` is the signal number."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -21,7 +21,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notes Ctrl-C and SIGTERM; a second signal ends the process at once."""
+    """Records Ctrl-C and SIGTERM; a second signal ends the process at once."""
 
     def __init__(self, after: str = "this step"):
         self.after, self.received = after, None
@@ -29,12 +29,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Note signals within."""
+        """A context in which signals are recorded."""
         with caught_by(self._note):
             yield
 
     def on_any_rank(self) -> int | None:
-        """The signal that any rank received. To be called on all ranks, which must stop at the same step."""
+        """The signal that any rank received, or None. All ranks must call it, since they must stop at the same step."""
         self.received = distributed.largest(self.received or 0) or None
         return self.received
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as stages share it: mean -log p over response tokens, on whatever `data` the recipe has."""
+"""Supervised fine-tuning on the recipe's `data`, shared by stages: mean -log p over response tokens."""
 
 from __future__ import annotations
 
