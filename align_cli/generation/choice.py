@@ -1,4 +1,4 @@
-"""A model's choice between (A) and (B), as log-probabilities of the letter or as the letter that it wrote.
+"""A model's choice between (A) and (B): log-probabilities of the letter, or the letter parsed from its reply.
 
 Shapes: b questions.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 LEAD = "The answer is: ("
-"""What the reply begins with, up to the letter."""
+"""Prefix of the reply, up to the letter."""
 REASON = "Let's think step by step."
 LETTER_ONLY = "Answer with (A) or (B) only."
 CHOICE = re.compile(
@@ -27,9 +27,9 @@ LogProbs = tuple[float, float]
 
 
 def letters(encode: Callable[[str], list[int]], text: str) -> tuple[list[int], int, int]:
-    """(ids before the choice, id that begins A there, id that begins B) for a text that ends right before the letter.
+    """(ids before the choice, first id of A, first id of B) for a text that ends right before the letter.
 
-    A tokenizer may join the letter with what stands before it, so both whole texts are encoded and compared.
+    A tokenizer may merge the letter with the characters before it, so both full texts are encoded and compared.
     """
     one, other = encode(f"{text}A)"), encode(f"{text}B)")
     at = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
@@ -51,22 +51,22 @@ def choose(model: PreTrainedModel, questions: Sequence[tuple[list[int], int, int
 
 
 def read_choice(text: str) -> str | None:
-    """The letter that a reply chooses; None where it names neither, or both."""
+    """The letter that a reply chooses; None if it names neither or both."""
     chosen = {letter for groups in CHOICE.findall(text) for letter in groups if letter}
     return chosen.pop() if len(chosen) == 1 else None
 
 
 def read_log_probabilities(tokens: Sequence[dict[str, Any]]) -> LogProbs | None:
-    """(log p(A), log p(B)) from the `logprobs.content` of a chat completion: at its first token that is a letter.
+    """(log p(A), log p(B)) from the `logprobs.content` of a chat completion, at its first token that is A or B.
 
-    A letter that is not among the alternatives listed has at most the probability of the least of them. None where no
-    token is a letter.
+    A letter that is not listed gets the smallest listed probability, which is an upper bound. None if no token is a
+    letter.
     """
     for entry in tokens:
         if _letter(entry["token"]) is None:
             continue
         listed = [*entry.get("top_logprobs", []), {"token": entry["token"], "logprob": entry["logprob"]}]
-        # the chosen token is among its own alternatives
+        # the chosen token is also in its own list of alternatives
         listed = list({item["token"]: item["logprob"] for item in listed}.items())
         sums = {}
         for name in "AB":
@@ -77,6 +77,6 @@ def read_log_probabilities(tokens: Sequence[dict[str, Any]]) -> LogProbs | None:
 
 
 def _letter(token: str) -> str | None:
-    """A or B, for a token that is that letter in brackets or blanks."""
+    """A or B if the token is that letter, with or without brackets and whitespace; else None."""
     bare = re.sub(r"[\s()\[\]*.:\"'▁Ġ]", "", token)
     return bare if bare in ("A", "B") else None

@@ -1,6 +1,6 @@
-"""Engines: token ids of prompts in, token ids of responses out.
+"""Generation engines: token ids of prompts in, token ids of responses out.
 
-PPO, RLOO and GRPO, the rounds of DPO and SPIN, and the local generators of Constitutional AI all sample through one.
+PPO, RLOO, GRPO, the rounds of DPO and SPIN, and local generators (judges, Constitutional AI) all sample through them.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from align_cli.generation.sampling import Sampler, respond
 
 @dataclass(frozen=True)
 class Sampled:
-    """Responses of one call."""
+    """Sampled responses of one call."""
 
     ids: list[list[int]]
     """Up to and including the first end token, if a response has one."""
     log_probs: Any = None
-    """Sampling log-probabilities, where the engine gives them (vLLM)."""
+    """Sampling log-probabilities, if the engine returns them (vLLM)."""
 
 
 class Engine(Protocol):
     """Samples responses."""
 
     def respond(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Sampled:
-        """A response for every prompt; row i is drawn by seeds[i] where the engine can."""
+        """Sample one response per prompt; row i uses seeds[i] if the engine supports per-row seeds."""
 
 
 @dataclass
 class TransformersEngine:
-    """`generate` of transformers, each row sampled by its own seed (engine: hf)."""
+    """transformers' `generate`, with one seed per row (engine: hf)."""
 
     model: Callable[[], AbstractContextManager[PreTrainedModel]]
-    """Opens the model for generation: whole on this rank, in its precision."""
+    """Context manager that yields the model ready for generation: unsharded on this rank, under its autocast."""
     sampler: Sampler
     ends: Sequence[int]
     """Token ids that end a response."""
     pad: int
 
     def respond(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Sampled:
-        """As Engine.respond. Under ZeRO-3 with as many prompts on every rank."""
+        """As Engine.respond. Under ZeRO-3, every rank must pass the same number of prompts."""
         with self.model() as model:
             return Sampled(respond(model, prompts, seeds, sampler=self.sampler, ends=self.ends, pad=self.pad))
 
 
 @dataclass
 class TrlEngine:
-    """What a TRL trainer generates by itself: continuous batching, or vLLM (engines: batched, vllm)."""
+    """Generation built into a TRL trainer: continuous batching or vLLM (engines: batched, vllm)."""
 
     generate: Callable[[list[list[int]]], Any]
-    """The trainer's own generation: ids, or (ids, log-probabilities)."""
+    """The trainer's generation function; returns ids, or (ids, log-probabilities)."""
 
     def respond(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Sampled:
-        """As Engine.respond; the engine draws by its own generator."""
+        """As Engine.respond, but ignores `seeds`: the engine uses its own random generator."""
         made = self.generate(list(prompts))
         return Sampled(*made) if isinstance(made, tuple) else Sampled(made)

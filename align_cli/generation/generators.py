@@ -1,6 +1,6 @@
 """Generators: models that reply to conversations and choose between two answers, in memory or behind an endpoint.
 
-Constitutional AI's writer and judge, and judges that are rewards, are generators.
+The writer and judge of Constitutional AI and the judges used as rewards are generators.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ Message = dict[str, str]
 Sampling = Generation | CaiGeneration
 """The `generation:` section of a recipe."""
 Spend = Callable[[dict[str, int]], None]
-"""Takes what a generator used: prompt_tokens, completion_tokens, requests, retries by reason."""
+"""Takes a generator's usage: prompt_tokens, completion_tokens, requests, retries by reason."""
 
 
 class Generator(Protocol):
     """Replies to conversations and chooses between two answers."""
 
     workers: int
-    """Calls that may run at a time."""
+    """Number of calls that may run concurrently."""
 
     def units(self, conversations: Sequence[list[Message]], orders: int = 1) -> list[list[int]]:
-        """Indices of conversations that one call should answer together, each in so many orders."""
+        """Batches of indices that one call should answer together; each conversation is asked in `orders` orders."""
 
     def reply(self, conversations: Sequence[list[Message]], seeds: Sequence[int], limit: int) -> list[Reply]:
-        """A reply to each conversation, row i drawn by seeds[i]; at most `limit` tokens."""
+        """A reply of at most `limit` tokens to each conversation; row i is sampled with seeds[i]."""
 
     def choose(self, questions: Sequence[str], reasoned: Sequence[str | None]) -> list[LogProbs | None]:
-        """(log p(A), log p(B)) for each question, after what was reasoned; None without a choice."""
+        """(log p(A), log p(B)) for each question, given its reasoning if any; None if the model made no choice."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a speaker said."""
+    """A generator's reply."""
 
     text: str
     flag: str = ""
-    """cut, where it did not come to its end; too_long, where the conversation leaves no room for a reply."""
+    """cut: the reply reached the token limit. too_long: the conversation leaves no room for a reply."""
 
 
 class LocalGenerator:
@@ -76,13 +76,13 @@ class LocalGenerator:
         self.settings, self.spend = settings, spend
 
     def units(self, conversations: Sequence[list[Message]], orders: int = 1) -> list[list[int]]:
-        """Conversations of like length together, `generation.batch` at a time."""
+        """Batches of conversations of similar length, `generation.batch` sequences each."""
         order = sorted(range(len(conversations)), key=lambda at: (len(self._ids(conversations[at])), at))
         size = max(self.settings.batch // orders, 1)
         return [sorted(order[start : start + size]) for start in range(0, len(order), size)]
 
     def reply(self, conversations: Sequence[list[Message]], seeds: Sequence[int], limit: int) -> list[Reply]:
-        """A reply to each conversation, row i drawn by seeds[i]; at most `limit` tokens."""
+        """A reply of at most `limit` tokens to each conversation; row i is sampled with seeds[i]."""
         prompts = [self._ids(conversation) for conversation in conversations]
         fits = [at for at, ids in enumerate(prompts) if len(ids) + limit <= self.context_length]
         replies = [Reply("", "too_long")] * len(prompts)
@@ -105,7 +105,7 @@ class LocalGenerator:
         )
 
     def choose(self, questions: Sequence[str], reasoned: Sequence[str | None]) -> list[LogProbs | None]:
-        """(log p(A), log p(B)) for each question, after what was reasoned; None where it does not fit."""
+        """(log p(A), log p(B)) for each question, given its reasoning if any; None if it exceeds the context length."""
         encoded = []
         for question, reason in zip(questions, reasoned, strict=True):
             tail = f"\n\n{choice.REASON}" if reason is not None else ""
@@ -140,7 +140,7 @@ class EndpointGenerator:
         self.log_probabilities = True
 
     def units(self, conversations: Sequence[list[Message]], orders: int = 1) -> list[list[int]]:
-        """Each by itself, so that none that is paid for is lost."""
+        """One conversation per call, so that a kill loses few paid requests."""
         return [[at] for at in range(len(conversations))]
 
     def reply(self, conversations: Sequence[list[Message]], seeds: Sequence[int], limit: int) -> list[Reply]:
@@ -154,7 +154,7 @@ class EndpointGenerator:
         return replies
 
     def choose(self, questions: Sequence[str], reasoned: Sequence[str | None]) -> list[LogProbs | None]:
-        """As LocalGenerator.choose. A server that gives no log-probabilities is taken by its word: 0 and -∞."""
+        """As LocalGenerator.choose. If the server returns no log-probabilities, the chosen letter gets 0, the other -1e4."""
         return [self._choice(question, reason) for question, reason in zip(questions, reasoned, strict=True)]
 
     def _choice(self, question: str, reason: str | None) -> LogProbs | None:
@@ -184,8 +184,8 @@ class EndpointGenerator:
 
 
 def check_endpoints(sources: Sequence[tuple[str, GeneratorSource]]) -> None:
-    """Raise AlignError on every rank if an endpoint cannot be reached or refuses its key, before any weights are read.
-    `sources` come with the recipe keys that name them."""
+    """Raise AlignError on every rank if an endpoint cannot be reached or refuses its key. Called before any weights are
+    loaded. `sources` are (recipe key, source) pairs."""
     lines: list[str] = []
     for key, source in sources if distributed.rank() == 0 else ():
         if source.endpoint:
@@ -197,7 +197,7 @@ def check_endpoints(sources: Sequence[tuple[str, GeneratorSource]]) -> None:
 
 
 def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase, dtype: str, path: str) -> PreTrainedModel | PeftModel:
-    """The model at a path, or the one that an adapter there stands for."""
+    """The model at a path; an adapter is loaded on its base."""
     adapter = Path(path) / "adapter_config.json"
     if not adapter.is_file():
         return load.policy(model, tokenizer, dtype=dtype, path=path)

@@ -1,8 +1,8 @@
-"""Sampling whose result depends on the row alone: not on its neighbours, not on the rank, not on what ran before.
+"""Sampling that depends on the row alone: not on other rows of the batch, the rank, or earlier calls.
 
-Every row draws one number from a hash of its own seed and the position, and takes the token at which the summed
-probabilities pass it. So one process and two ranks sample the same text, and a resumed run samples what the killed one
-would have.
+At each position a row draws one uniform number from a hash of its seed and the position, and takes the first token at
+which the cumulative probability exceeds it. One process and two ranks therefore sample the same text, and a resumed run
+samples the same text as an uninterrupted one.
 
 Shapes: b rows, v vocabulary.
 """
@@ -23,16 +23,16 @@ WORD = 0xFFFFFFFF
 
 @dataclass
 class Sampler:
-    """How responses are sampled."""
+    """Sampling settings."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     batch: int = 64
-    """Prompts that are answered at a time."""
+    """Prompts per `generate` call."""
     greedy: bool = False
-    """The most probable token each time; temperature, top_p and top_k mean nothing then."""
+    """Take the most probable token; temperature, top_p and top_k are then ignored."""
 
 
 @torch.no_grad()
@@ -45,9 +45,9 @@ def respond(
     ends: Sequence[int],
     pad: int,
 ) -> list[list[int]]:
-    """A response's token ids for every prompt's, up to and with the first token of `ends`; row i is drawn by seeds[i].
+    """Response token ids for each prompt, up to and including the first token in `ends`; row i uses seeds[i].
 
-    Prompts of like length are answered together, `sampler.batch` at a time, so that little is padding.
+    Prompts of similar length are batched together, `sampler.batch` at a time, to reduce padding.
     """
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
     responses: list[list[int]] = [[]] * len(prompts)
@@ -71,7 +71,7 @@ def _generate(
     settings = {"max_new_tokens": sampler.max_new_tokens, "do_sample": False, "use_cache": True}
     config = GenerationConfig(**settings, eos_token_id=list(ends), pad_token_id=pad, disable_compile=True)
     choose = SeededSampling(seeds, temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k, start=p)
-    # the last token's state is a strided view, for which torch on a CPU copies the head's weights once a row
+    # the last token's state is a strided view; on a CPU, torch would then copy the head's weights once per row
     whole = model.get_output_embeddings().register_forward_pre_hook(lambda head, given: (given[0].contiguous(),))
     try:
         made = model.generate(
@@ -87,7 +87,7 @@ def _generate(
 
 
 def row_seed(*parts: int) -> int:
-    """32 bits of a seed, a rollout's number and a row's number."""
+    """A 32-bit seed from several numbers, e.g. the run's seed, the rollout's number and the row's number."""
     state = 0x9E3779B9
     for part in parts:
         state = int(_mixed(torch.tensor((state ^ (part & WORD)) & WORD)))
@@ -95,13 +95,13 @@ def row_seed(*parts: int) -> int:
 
 
 def uniform(seeds: Tensor, position: int) -> Tensor:
-    """(b,) float64 numbers in (0, 1), the same on every device: a hash of seed (b,) and position."""
+    """(b,) float64 numbers in (0, 1), identical on every device: a hash of the (b,) seeds and the position."""
     bits = _mixed(_mixed((seeds + position * 0x85EBCA6B) & WORD))
     return (bits.double() + 0.5) / 2**32
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """A 32-bit finalizer (lowbias32, Wellons 2018), in int64 so that no product overflows."""
+    """A 32-bit hash finalizer (lowbias32, Wellons 2018), computed in int64 so that products do not overflow."""
     bits = bits ^ (bits >> 16)
     bits = (bits * 0x7FEB352D) & WORD
     bits = bits ^ (bits >> 15)
@@ -110,7 +110,7 @@ def _mixed(bits: Tensor) -> Tensor:
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling at a temperature, from the top k tokens or the top p of probability."""
+    """Turns greedy decoding into sampling with temperature, top-k and top-p."""
 
     def __init__(self, seeds: list[int], *, temperature: float, top_p: float, top_k: int, start: int):
         self.seeds, self.temperature, self.start = torch.tensor(seeds), temperature, start
@@ -121,12 +121,12 @@ class SeededSampling(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(b, v) logits -> (b, v) with 0 at the sample and -∞ elsewhere."""
+        """(b, v) logits -> (b, v) with 0 at the sampled token and -∞ elsewhere."""
         scores = scores.float() / self.temperature
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         summed = scores.softmax(1).double().cumsum(1)
         drawn = uniform(self.seeds.to(scores.device), input_ids.shape[1] - self.start)
-        # the first sum above it, so that what has no probability is never taken
+        # right=True takes the first sum above the draw, so that a token of probability 0 is never sampled
         sample = torch.searchsorted(summed, drawn.unsqueeze(1) * summed[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, sample, 0.0)
