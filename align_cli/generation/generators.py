@@ -140,7 +140,7 @@ class EndpointGenerator:
         self.log_probabilities = True
 
     def units(self, conversations: Sequence[list[Message]], orders: int = 1) -> list[list[int]]:
-        """One conversation per call, so that a kill loses few paid requests."""
+        """One conversation per call, so that each paid reply is recorded at once."""
         return [[at] for at in range(len(conversations))]
 
     def reply(self, conversations: Sequence[list[Message]], seeds: Sequence[int], limit: int) -> list[Reply]:
@@ -154,7 +154,7 @@ class EndpointGenerator:
         return replies
 
     def choose(self, questions: Sequence[str], reasoned: Sequence[str | None]) -> list[LogProbs | None]:
-        """As LocalGenerator.choose. If the server returns no log-probabilities, the chosen letter gets 0, the other -1e4."""
+        """As LocalGenerator.choose. If the server gives no log-probabilities, the chosen letter gets 0, its rival -1e4."""
         return [self._choice(question, reason) for question, reason in zip(questions, reasoned, strict=True)]
 
     def _choice(self, question: str, reason: str | None) -> LogProbs | None:

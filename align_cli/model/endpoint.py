@@ -1,6 +1,6 @@
-"""Client for a model behind an OpenAI-compatible API: retries where they may help, counts tokens.
+"""Client for a model behind an OpenAI-compatible API: retries transient failures and counts tokens.
 
-The key is read from the environment and sent in one header; no message, file or count contains it.
+The key is read from the environment and sent in one header. It never appears in messages or files.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from align_cli.recipe.generation import GeneratorSource
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Status codes after which the same request may succeed later."""
 LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, at most."""
+"""Maximum number of seconds between two attempts."""
 LARGEST_BODY = 64 << 20
-"""Bytes of a response body that are read."""
+"""Maximum number of bytes read from a response body."""
 TOKENS = ("prompt_tokens", "completion_tokens")
 
 
 class Endpoint:
-    """One generator source of a recipe; `key` is its place in the recipe, for messages."""
+    """Client for one generator source of a recipe. `key` is its recipe key, for error messages."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Endpoint:
                 raise AlignError(self._complaint(failure)) from None
 
     def complete(self, messages: list[dict[str, str]], **settings: Any) -> dict[str, Any]:
-        """The first choice of a chat completion, after as many attempts as the recipe allows.
+        """The first choice of a chat completion, retried as often as the recipe allows.
 
-        Raises AlignError, in one line, where no attempt may help or the last one failed.
+        Raises AlignError, in one line, if retrying cannot help or the last attempt failed.
         """
         body = {"model": self.source.model, "messages": messages, **settings}
         for attempt in range(self.source.retries + 1):
@@ -78,7 +78,7 @@ class Endpoint:
         raise AssertionError
 
     def _send(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """The JSON that the server answers with. Raises _Failure."""
+        """The JSON object of the server's response. Raises _Failure."""
         timeout = self.source.timeout
         response = None
         try:
@@ -94,7 +94,7 @@ class Endpoint:
             raise _Failure(f"cannot be reached ({self._without_key(_cause(error))})", "connection") from None
 
     async def _exchange(self, path: str, body: dict[str, Any] | None) -> tuple[httpx2.Response, bytes]:
-        """The response and its body. `timeout` bounds the whole of it, whatever the server sends meanwhile."""
+        """The response and its body. `timeout` limits the whole exchange, even if the server keeps sending data."""
         headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {self.secret}"} if self.secret else {})
         method = "GET" if body is None else "POST"
         async with (
@@ -114,7 +114,7 @@ class Endpoint:
             return response, bytes(text)
 
     def _refusal(self, response: httpx2.Response, text: bytes) -> _Failure:
-        """Why the server did not answer a request."""
+        """The failure that an error response stands for."""
         code = response.status_code
         reason = "rate_limit" if code == 429 else "server" if code in RETRIED else ""
         after = _seconds(response.headers.get("Retry-After"))
@@ -130,14 +130,14 @@ class Endpoint:
         return _Failure(f"answered {code}{f' ({message})' if message else ''}", reason, code=code, after=after)
 
     def _without_key(self, text: str) -> str:
-        """Some servers repeat the key."""
+        """Remove the key from a text, since some servers echo it."""
         return text.replace(self.secret, "…") if self.secret else text
 
     def _complaint(self, failure: _Failure, attempt: int = 0) -> str:
         name = self.source.key_env
         if failure.code in (401, 403):
             remedy = (
-                f"set {name} to a key that it takes"
+                f"set {name} to a valid key"
                 if name
                 else f"name the environment variable that holds its key in {self.key}.key_env"
             )
@@ -154,7 +154,7 @@ class Endpoint:
 
 
 class _Failure(Exception):
-    """A request without a usable answer; `reason` is empty where another attempt cannot help."""
+    """A request without a usable response; `reason` is empty if retrying cannot help."""
 
     def __init__(self, text: str, reason: str, *, code: int = 0, after: float | None = None):
         super().__init__(text)
@@ -162,11 +162,11 @@ class _Failure(Exception):
 
 
 class _CutOff(Exception):
-    """A response body that ended before its length."""
+    """The response body ended early."""
 
 
 def _usage(usage: Any) -> dict[str, int]:
-    """Token counts that a server reports; 0 for anything that is not a number."""
+    """Token counts reported by the server; 0 for anything that is not a number."""
     values = usage if isinstance(usage, dict) else {}
     return {name: _natural(values.get(name)) for name in TOKENS}
 
@@ -176,7 +176,7 @@ def _natural(value: Any) -> int:
 
 
 def _without_surrogates(value: Any) -> Any:
-    """Strings that can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    """The value with strings that can be encoded as UTF-8: JSON may contain lone surrogates."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
@@ -187,12 +187,12 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """What the operating system said, below the exceptions of the client."""
+    """The operating system's error message, unwrapped from the client's exceptions."""
     inner: BaseException | None = error
     text = str(error)
     while inner is not None:
         if isinstance(inner, ConnectionError) and inner.errno:
-            # asyncio puts a text of its own, with the address, in strerror
+            # asyncio puts its own text, with the address, into strerror
             text = os.strerror(inner.errno)
         else:
             text = getattr(inner, "strerror", None) or text
@@ -204,7 +204,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _seconds(header: str | None) -> float | None:
-    """A Retry-After of seconds, at most LONGEST_PAUSE; None for a date or anything else."""
+    """Seconds from a Retry-After header, at most LONGEST_PAUSE; None if it is a date or invalid."""
     try:
         seconds = float(header) if header else math.nan
     except ValueError:

@@ -1,7 +1,7 @@
-"""What a path holds, read from its small files only: no weights, no torch.
+"""Finds out what a path contains (model, adapter, unfinished run, …) from its small files: no weights, no torch.
 
-Libraries take a reward model for a policy, or an adapter for a model, and fail deep inside or train a random head in
-silence; a run's manifest and `config.json` know better.
+Libraries accept a reward model as a policy, or an adapter as a model, and then fail deep inside or silently train a
+random head. A run's manifest and `config.json` tell them apart.
 """
 
 from __future__ import annotations
@@ -19,25 +19,24 @@ HUB_ID = re.compile(r"^[\w\-]+(\.[\w\-]+)*(/[\w\-]+(\.[\w\-]+)*)?$")
 
 @dataclass(frozen=True)
 class Contents:
-    """What a path holds."""
+    """What a path contains."""
 
     path: str
     kind: Kind
     finding: str = ""
-    """For kinds that cannot serve: why not."""
+    """Why the path cannot be used, for kinds that cannot."""
     remedy: str = ""
-    """What to do about it, where that does not depend on the caller."""
+    """How to fix it, if that does not depend on the caller."""
     base: str | None = None
     """An adapter's base model."""
     reward: bool = False
     """An adapter for a sequence classifier."""
     config: dict | None = None
-    """config.json, where there is one."""
+    """Contents of config.json, if it exists."""
 
 
 def look(path: str) -> Contents:
-    """What a path holds: a model, an adapter, an unfinished run, a hub id (whether it exists is not checked) or
-    nothing."""
+    """What a path contains: a model, an adapter, an unfinished run, a hub id (not checked for existence) or nothing."""
     folder = Path(path)
     if not folder.exists():
         local = path.startswith((".", "runs/", "models/")) or ("/" in path and Path(path).parts[0] in _here())
@@ -71,12 +70,12 @@ def look(path: str) -> Contents:
 
 
 def _here() -> set[str]:
-    """Folders of the working directory: a path into one of them is not a hub id."""
+    """Directories in the working directory: a path into one of them is not a hub id."""
     return {entry.name for entry in Path.cwd().iterdir() if entry.is_dir()}
 
 
 def has_chat_template(path: str) -> bool:
-    """Whether the tokenizer saved at a directory brings a chat template."""
+    """Whether the tokenizer saved in a directory has a chat template."""
     folder = Path(path)
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
@@ -84,7 +83,7 @@ def has_chat_template(path: str) -> bool:
 
 
 def parameters(path: str) -> int | None:
-    """Number of parameters in a directory's safetensors, from their headers; None where there are none."""
+    """Number of parameters in a directory's safetensors, from their headers; None if there are no such files."""
     total = 0
     for file in Path(path).glob("*.safetensors"):
         for name, tensor in header(file).items():
@@ -115,7 +114,7 @@ def _is_entry(name: str, entry: object) -> bool:
 
 
 def _unreadable(folder: Path) -> tuple[str, str] | None:
-    """A file that cannot be read, and the remedy; None if all can be."""
+    """(finding, remedy) for the first file that cannot be read; None if all can."""
     for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
         try:
             with file.open("rb") as stream:
@@ -132,15 +131,15 @@ def _unreadable(folder: Path) -> tuple[str, str] | None:
 
 
 def manifest(path: str) -> dict:
-    """The manifest of a finished run; empty where there is none."""
+    """The manifest of a run; empty if none exists."""
     return _json(Path(path) / "manifest.json") or {}
 
 
 def fingerprint(path: str) -> str | None:
-    """A hash that changes when a model directory's weights or config do; None for a hub id or nothing.
+    """A hash that changes with a model directory's weights or config; None if the path is not a directory.
 
-    Training moves every tensor, so 64 samples of 64 KiB a file beside headers and sizes tell one model from another
-    without reading the whole of it.
+    Hashes sizes, headers and 64 samples of 64 KiB per file. Since training changes every tensor, this tells models
+    apart without reading them in full.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -157,7 +156,7 @@ def fingerprint(path: str) -> str | None:
 
 
 def small_json(file: Path) -> dict:
-    """A JSON object in a file; empty where there is none."""
+    """The JSON object in a file; empty if missing or invalid."""
     return _json(file) or {}
 
 

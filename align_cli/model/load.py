@@ -1,6 +1,6 @@
-"""Models and tokenizers as a recipe names them: a directory, a finished run or a hub id.
+"""Loads the models and tokenizers that a recipe names by directory, finished run or hub id.
 
-Safetensors only; code that comes with a model runs only if the recipe says so.
+Loads safetensors only. Code that comes with a model runs only with `model.trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from align_cli.model import saved_tokenizer, templates
 from align_cli.recipe.sections import Model
 
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
-"""Tokens that may serve as padding, in order of preference, where a tokenizer has none of its own."""
+"""Tokens to use as padding, in order of preference, if the tokenizer has no pad token."""
 
 
 _NEW: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, list[str]] = weakref.WeakKeyDictionary()
@@ -27,16 +27,16 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of `path` (default: the model's) with a chat template, an EOS token, and a pad token that is not
     EOS.
 
-    A pad token equal to EOS makes libraries that mask padding by its id never learn to stop (trl#976). Where there is
-    no EOS, the token with which the template closes an answer serves. Raises UpstreamError without a tokenizer,
-    no template, or nothing that could end an answer.
+    If the pad token equals EOS, libraries that mask padding by its id never train the model to stop (trl#976). Without
+    an EOS token, the token with which the template closes an answer is used. Raises UpstreamError if the tokenizer
+    cannot be loaded, has no template, or has no token that could end an answer.
     """
     path = path or model.path
     try:
         loaded = AutoTokenizer.from_pretrained(
             path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
         )
-    except Exception as error:  # what a torn tokenizer file raises is anybody's guess
+    except Exception as error:  # broken tokenizer files raise all kinds of exceptions
         raise UpstreamError(f"model.path: {path}: no tokenizer could be loaded ({_first_line(error)})") from None
     if model.chat_template is not None:
         loaded.chat_template = templates.text(model.chat_template)
@@ -64,12 +64,12 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
 
 
 def new_tokens(loaded: PreTrainedTokenizerBase) -> list[str]:
-    """The markers of a built-in template that were added to the vocabulary."""
+    """Markers of a built-in template that were added to the vocabulary."""
     return _NEW.get(loaded, [])
 
 
 def pretrained(loader: Any, model: Model, path: str, dtype: str, **extra: Any) -> PreTrainedModel:
-    """What `loader.from_pretrained` makes of `path` under the recipe's settings. Raises UpstreamError."""
+    """`loader.from_pretrained(path)` with the recipe's settings. Raises UpstreamError if it fails."""
     attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     try:
         return loader.from_pretrained(
@@ -86,9 +86,9 @@ def pretrained(loader: Any, model: Model, path: str, dtype: str, **extra: Any) -
 
 
 def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str | None = None) -> PreTrainedModel:
-    """The causal language model of `path` (default: the recipe's), its embeddings wide enough for the tokenizer.
+    """The causal language model of `path` (default: the recipe's), with embeddings resized to fit the tokenizer.
 
-    Under ZeRO-3 the training arguments must exist already, or every rank loads the whole model. Raises UpstreamError
+    Under ZeRO-3 the training arguments must be created first, or every rank loads the whole model. Raises UpstreamError
     if it cannot be loaded.
     """
     loaded = pretrained(AutoModelForCausalLM, model, path or model.path, dtype)
@@ -98,15 +98,15 @@ def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str 
     for config in (loaded.config, loaded.generation_config):
         config.pad_token_id = tok.pad_token_id
     if libraries.made_from_config(loaded.generation_config):
-        # no generation_config.json: what the model's config says of EOS is the architecture's default as a rule
+        # without generation_config.json, the EOS of the model's config is usually the architecture's default
         special = {index for index, token in tok.added_tokens_decoder.items() if token.special}
         loaded.generation_config.eos_token_id = [id for id in _ends(loaded) if id in special] or None
     return loaded
 
 
 def set_ends(model: Any, ends: list[int]) -> list[int]:
-    """Make generation stop at these ids and at the model's own, here and wherever the saved model is served. Returns
-    all of them."""
+    """Add `ends` to the model's EOS ids, for generation here and wherever the saved model is served. Returns all EOS
+    ids."""
     ends = sorted({*ends, *_ends(model)})
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     return ends

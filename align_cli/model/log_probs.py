@@ -1,6 +1,6 @@
-"""A causal language model that gives the log-probabilities of chosen tokens, and computes no others.
+"""Makes a causal language model compute the log-probabilities of selected tokens only.
 
-Its head runs over the hidden states of those tokens alone, in tiles that keep no logits (TRL's fused head).
+Its head runs over the hidden states of those tokens, in tiles that do not keep the logits (TRL's fused head).
 
 Shapes: n rows, t tokens of a row, m tokens whose log-probabilities are computed.
 """
@@ -19,12 +19,12 @@ from align_cli.model.reward_head import masked
 
 
 def scoring(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, whose forward with `positions` (n, t) gives the (m,) float32 log-probabilities of the tokens
-    after those positions, row by row. Without `positions` it is transformers' own forward."""
+    """Patch the model's forward and return the model. With a mask `positions` (n, t), forward returns the (m,) float32
+    log-probabilities of the tokens after those positions, row by row. Without `positions` it is transformers' own."""
     add_fused_lm_head(model)
     fused = model.forward
 
-    # the original signature: `generate` checks what it is given against it
+    # keep the original signature: `generate` validates its arguments against it
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, positions: Tensor | None = None, **inputs: Any) -> Any:
         if positions is None:
@@ -51,8 +51,8 @@ def scoring(model: PreTrainedModel) -> PreTrainedModel:
 def of_responses(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(n,) summed float32 log-probabilities of the response tokens, and (n,) summed entropies where the model's fused
-    head gives them. All inputs are (n, t); the model has TRL's fused head (`add_fused_lm_head`)."""
+    """(n,) summed float32 log-probabilities of the response tokens, and (n,) summed entropies if the model's fused
+    head returns them, else None. All inputs are (n, t); the model has TRL's fused head (`add_fused_lm_head`)."""
     labels = input_ids.masked_fill(response_mask == 0, -100)
     made = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
     entropy = made.entropy.float().sum(1) if getattr(made, "entropy", None) is not None else None

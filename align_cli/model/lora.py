@@ -1,4 +1,4 @@
-"""Adapters: the PEFT config of a recipe, and an adapter merged into its base."""
+"""LoRA adapters: the PEFT config of a recipe, and merging an adapter into its base."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from align_cli.recipe.sections import Lora
 
 
 def peft_config(lora: Lora | None, new_tokens: Sequence[str] = (), task: str = "CAUSAL_LM") -> LoraConfig | None:
-    """PEFT's form of the recipe's `lora:` section. With task SEQ_CLS the head is trained and saved too; with any other
-    a reward model's head would stay as it was drawn. Raises UpstreamError if the chat template added tokens to the
-    vocabulary: their rows of the embedding and of the head would stay as they were drawn."""
+    """The recipe's `lora:` section as a PEFT config, or None. Reward models need the task SEQ_CLS, which also trains
+    and saves the head; under other tasks it would keep its random initialisation. Raises UpstreamError if the chat
+    template added tokens to the vocabulary: their rows of embedding and head would keep their random initialisation."""
     if lora is None:
         return None
     if new_tokens:
@@ -35,10 +35,10 @@ def peft_config(lora: Lora | None, new_tokens: Sequence[str] = (), task: str = "
 
 
 def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -> None:
-    """Write the model that an adapter directory stands for, merged into its base; whole or not at all.
+    """Merge an adapter into its base and write the result to `destination`, atomically.
 
-    The merge is done in float32, so that a bfloat16 base does not round the update away before it is added. Raises
-    UpstreamError if the base does not exist.
+    The merge is done in float32, since adding the small update to bfloat16 weights would round it away. Raises
+    UpstreamError if `adapter` is not an adapter or its base does not exist.
     """
     contents = kind.look(adapter)
     if contents.kind != "adapter" or contents.base is None:

@@ -1,7 +1,7 @@
-"""What a stage will hold on each rank, in bytes, before anything is loaded.
+"""Estimates the memory of a stage on each rank, in bytes, before anything is loaded.
 
 Model states follow the ZeRO paper's accounting (arXiv 1910.02054, §3): weights, gradients, Adam's two moments and,
-in mixed precision, a float32 master copy. Activations are an estimate and are named as such.
+in mixed precision, a float32 master copy. Activations are an estimate and are marked as such.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's dimensions, as far as they are known."""
+    """A model's dimensions; None if unknown."""
 
     parameters: int
     hidden: int | None = None
@@ -24,7 +24,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the plan."""
+    """One line of the memory plan."""
 
     name: str
     bytes: int
@@ -40,14 +40,14 @@ def sizes(parameters: int | None, config: dict | None) -> Sizes | None:
 
 
 def batch_tokens(gpu: bool) -> int:
-    """Tokens that go through a model at a time where a recipe leaves it open: on a CPU, caches set the limit."""
+    """Default number of tokens per micro-batch. It is lower on a CPU, where caches set the limit."""
     return 16384 if gpu else 2048
 
 
 def lora_parameters(size: Sizes, rank: int) -> int:
     """Parameters of rank-r adapters on every linear layer of a Llama-like block.
 
-    Seven projections of about hidden × hidden … hidden × 4·hidden come to some 22·hidden·r a layer.
+    Seven projections of about hidden × hidden to hidden × 4·hidden add up to about 22·hidden·r per layer.
     """
     if not size.hidden or not size.layers:
         return int(0.0025 * rank * size.parameters**0.5 * 1000)
@@ -70,11 +70,11 @@ def plan(
     tokens: int,
     checkpointing: bool,
 ) -> list[Part]:
-    """Bytes on one rank's device, a line each: weights, gradients, optimizer, frozen models, activations.
+    """Bytes on one rank's device, one Part each: weights, gradients, optimizer, frozen models, activations.
 
-    `frozen` is how many frozen models of this size are held as what; `trained_copies` counts those that are trained,
-    2 with a value function. `rows` × `tokens` is what one micro-step puts through the model. Sharding divides by
-    `world_size` from the stage at which ZeRO shards that part.
+    `frozen` maps a role to its number of frozen models of this size. `trained_copies` is the number of trained models,
+    2 with a value function. One micro-step runs `rows` × `tokens` tokens. A part is divided by `world_size` if ZeRO
+    shards it at `zero_stage`.
     """
 
     def shard(amount: float, from_stage: int, offloaded: bool = False) -> int:
@@ -90,8 +90,8 @@ def plan(
     ]
     parts += [Part(name, copies * shard(size.parameters * width, 3)) for name, copies in frozen.items() if copies]
     if size.hidden and size.layers:
-        # Korthikanti et al. (arXiv 2205.05198): 34 bytes a token, hidden unit and layer in half precision; with
-        # checkpointing the layer inputs and one layer's insides remain.
+        # Korthikanti et al. (arXiv 2205.05198): 34 bytes per token, hidden unit and layer in half precision; with
+        # checkpointing, the inputs of all layers and the activations of one layer remain.
         half = 2 if mixed or width == 2 else 4
         per_layer = rows * tokens * size.hidden * half
         kept = per_layer * size.layers + 17 * per_layer if checkpointing else 17 * per_layer * size.layers

@@ -1,4 +1,4 @@
-"""Types of weights in memory. Imports no torch."""
+"""Data types of weights in memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from align_cli.recipe.sections import Recipe
 
 
 def trained(recipe: Recipe) -> str:
-    """The type that `model.dtype` means: auto is float32 where weights are trained in full, bfloat16 under LoRA."""
+    """The dtype that `model.dtype` stands for: auto is float32 for full training and bfloat16 under LoRA."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
     return "bfloat16" if recipe.lora else "float32"
 
 
 def scorer(gpu: bool) -> str:
-    """The type of reward models that only score."""
+    """The dtype of reward models that only score."""
     return "bfloat16" if gpu else "float32"

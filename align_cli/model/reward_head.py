@@ -1,7 +1,7 @@
-"""A causal language model made into a reward model: one scalar a response, read at its last token.
+"""Turns a causal language model into a reward model: one scalar per response, computed at its last token.
 
-The head is a linear map from the last hidden state, drawn with std 1/√(d+1) (summarize_from_feedback).
-What is saved is a plain `AutoModelForSequenceClassification`; several heads on one trunk are several labels of it.
+The head is a linear map from the last hidden state, initialised with std 1/√(d+1) (summarize_from_feedback).
+The saved model is a plain `AutoModelForSequenceClassification`; several heads on one trunk are its labels.
 
 Shapes: n rows, t tokens of a row, e responses that end in a row, h heads, d hidden size.
 """
@@ -24,13 +24,13 @@ from align_cli.model.load import pretrained
 from align_cli.recipe.sections import Model
 
 HEAD = "score"
-"""What transformers calls the head of a decoder that classifies sequences."""
+"""Attribute name of the head in transformers' sequence classifiers."""
 
 
 def from_policy(
     model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, seeds: list[int], path: str
 ) -> PreTrainedModel:
-    """The model of `path` with one fresh scalar head a seed. Raises UpstreamError."""
+    """The model of `path` with one new scalar head per seed. Raises UpstreamError."""
     loaded = load(model, tok, dtype=dtype, path=path, heads=len(seeds))
     head = getattr(loaded, HEAD)
     with zero.gathered([head.weight], writing=True):
@@ -44,9 +44,9 @@ def from_policy(
 def load(
     model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str, heads: int | None = None
 ) -> PreTrainedModel:
-    """The sequence classifier of `path`, able to score at given places. Raises UpstreamError.
+    """The sequence classifier of `path`, patched by `scoring`. Raises UpstreamError.
 
-    `heads` None keeps the number that is saved.
+    With `heads` None, the saved number of heads is kept.
     """
     labels = {} if heads is None else {"num_labels": heads}
     loaded = pretrained(AutoModelForSequenceClassification, model, path, dtype, **labels)
@@ -56,14 +56,14 @@ def load(
         )
     if loaded.get_input_embeddings().weight.shape[0] < len(tok):
         loaded.resize_token_embeddings(len(tok), mean_resizing=True)
-    # without it a classifier takes padding for the last token (trl#937)
+    # without it a classifier scores padding as the last token (trl#937)
     loaded.config.pad_token_id = loaded.config.get_text_config().pad_token_id = tok.pad_token_id
     loaded.config.use_cache = False
     return scoring(loaded)
 
 
 def load_run(path: str, tok: PreTrainedTokenizerBase, dtype: str = "float32") -> Any:
-    """A finished reward model, whole or an adapter on its base, ready to score. Raises UpstreamError."""
+    """A finished reward model in eval mode, either full or an adapter on its base. Raises UpstreamError."""
     contents = kind.look(path)
     if contents.kind != "adapter":
         model = load(Model(path=path), tok, dtype=dtype, path=path)
@@ -83,7 +83,8 @@ def _saved(path: str) -> dict[str, Any]:
 
 
 def scoring(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, whose forward with `ends` (n, e) gives (n, e, h) float32 scores at those tokens.
+    """Patch the model's forward and return the model. With `ends` (n, e), forward returns (n, e, h) float32 scores at
+    those tokens.
 
     The head runs outside of autocast: bfloat16 would round differences between rewards to about 1 %. With
     `hidden=True` the (n, e, d) hidden states are returned instead. Without `ends` it is transformers' own forward.
@@ -108,7 +109,7 @@ def scoring(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def masked(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs, a 4-D mask of booleans made additive where attention adds it to its logits."""
+    """The inputs, with a boolean 4-D mask converted to an additive one unless the attention is sdpa."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 4 or attention(model.config) == "sdpa":
         return inputs
@@ -118,5 +119,5 @@ def masked(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def takes_4d_masks(model: Any) -> bool:
-    """Whether attention can be told what each token sees; whether it obeys, only a trial tells."""
+    """Whether the attention implementation accepts 4-D masks. Whether it applies them correctly needs a trial run."""
     return attention(model.config) in ("sdpa", "eager")

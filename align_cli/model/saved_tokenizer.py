@@ -1,6 +1,6 @@
-"""A tokenizer as its small files describe it: its chat template and special tokens, without torch.
+"""A tokenizer's chat template and special tokens, read from its small files without torch.
 
-`align check` renders rows with it, so that what a template refuses is found before anything is loaded.
+`align check` renders rows with it, so that rows which the template rejects are found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Token:
 
 @dataclass(eq=False)
 class SavedTokenizer:
-    """What a chat template needs of a tokenizer; `apply_chat_template` gives text alone."""
+    """The parts of a tokenizer that a chat template needs. `apply_chat_template` returns text only."""
 
     chat_template: Any
     special_tokens_map: dict[str, str]
@@ -40,7 +40,7 @@ class SavedTokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, Any]], tokenize: bool = False, add_generation_prompt: bool = False, tools=None
     ) -> str:
-        """As the tokenizer's own, for one conversation. Raises whatever the template raises."""
+        """As the tokenizer's own method, for one conversation. Propagates the template's exceptions."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.chat_template
@@ -57,7 +57,7 @@ class SavedTokenizer:
 
 
 def read(model: Model, path: str) -> SavedTokenizer | None:
-    """The tokenizer of a model directory under the recipe's settings; None without a template or a file."""
+    """The tokenizer of a model directory with the recipe's settings; None without a template or tokenizer.json."""
     folder = Path(path)
     template = templates.source(path, model.chat_template)
     try:
@@ -90,13 +90,13 @@ def missing(model: Model, tokenizer: SavedTokenizer) -> list[str]:
 
 
 def closing(tokenizer: Any) -> str | None:
-    """The special token with which the chat template closes an answer, of a saved tokenizer or a loaded one."""
+    """The special token that the chat template writes after an answer, or None. Takes saved and loaded tokenizers."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Zend"}]
     for opening in ([], [{"role": "system", "content": "s"}]):
         try:
             behind = tokenizer.apply_chat_template([*opening, *talk], tokenize=False).rpartition("Zend")[2]
-        except Exception:  # whatever a template raises by itself
+        except Exception:  # templates may raise any exception
             continue
         if closings := sorted((behind.find(token), token) for token in special if token and token in behind):
             return closings[0][1]

@@ -1,4 +1,4 @@
-"""Chat templates for base models that lack one, and whether the one a recipe names is there. Imports no torch."""
+"""Chat templates for base models that lack one, and checks that a recipe's template exists. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ BUILT_IN = {
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
-    # for models that know no markers: hh-rlhf's dialogue form, responses closed by EOS; the space is the response's,
-    # since most tokenizers make one token of it and the word behind it
+    # for models without role markers: hh-rlhf's dialogue format, responses closed by EOS; the space belongs to the
+    # response, since most tokenizers merge it with the following word
     "plain": (
         "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
         "{{ '\n\nAssistant: ' + message['content'] + eos_token }}{% elif message['role'] == 'user' %}"
         "{{ '\n\nHuman: ' + message['content'] }}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
     ),
-    # no markers at all: what was said, one after the other, responses closed by EOS
+    # no markers at all: the contents of all turns concatenated, responses closed by EOS
     "raw": (
         "{% for message in messages %}{{ message['content'] }}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     ),
 }
 END_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}
-"""Markers that a built-in template needs as tokens; they are added to a vocabulary that lacks them."""
+"""Markers that a built-in template needs as single tokens. They are added if the vocabulary lacks them."""
 
 
 def text(named: str) -> str:
-    """The Jinja text that `model.chat_template` names: a built-in or a file."""
+    """The Jinja text of a `model.chat_template`, which is the name of a built-in or the path of a file."""
     return BUILT_IN[named] if named in BUILT_IN else Path(named).read_text(encoding="utf-8")
 
 
 def source(path: str, named: str | None) -> str | dict[str, str] | None:
-    """The template that a recipe means: the one it names, or the model directory's; None where that is not at hand."""
+    """The recipe's template: the one it names, or the model directory's; None if the directory has none."""
     if named is not None:
         return text(named)
     folder = Path(path)
@@ -58,7 +58,7 @@ def source(path: str, named: str | None) -> str | dict[str, str] | None:
 
 
 def endless(path: str) -> str:
-    """The line for a tokenizer with which no answer could end."""
+    """Error message for a tokenizer that has no token to end an answer."""
     return (
         f"model.path: {path}: its tokenizer has no EOS token, and its chat template closes an answer with no special "
         "token; set eos_token in tokenizer_config.json"
@@ -66,7 +66,7 @@ def endless(path: str) -> str:
 
 
 def frozen(tokens: list[str]) -> str:
-    """The line for tokens that a template adds to a vocabulary of which LoRA trains nothing."""
+    """Error message for tokens that a template adds to the vocabulary, which LoRA does not train."""
     return (
         f"model.chat_template: adds {' and '.join(tokens)} to the vocabulary, and LoRA trains no row of the embedding "
         "or of the head; set model.chat_template=zephyr or plain, which close answers with EOS, or lora=null"
@@ -74,7 +74,7 @@ def frozen(tokens: list[str]) -> str:
 
 
 def problems(path: str, named: str | None) -> list[str]:
-    """A line if the named template does not exist, or if the recipe names none and the model directory has none."""
+    """An error line if the named template does not exist, or if neither recipe nor model directory has one."""
     if named is not None:
         if named in BUILT_IN or Path(named).is_file():
             return []

@@ -1,4 +1,4 @@
-"""The recipe's `zero:` section as a DeepSpeed config, and what DeepSpeed builds for itself. Imports no torch."""
+"""The recipe's `zero:` section as a DeepSpeed config, and helpers around DeepSpeed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
-    """The config to hand to the trainer, or None where nothing is sharded and no key is given.
+    """The DeepSpeed config for the trainer; None for stage 0 without further config.
 
-    `auto` values are filled in from the training arguments. train_batch_size is left out: under stage 3 a second,
-    frozen model would inherit it and refuse its own arithmetic.
+    `auto` values are filled in from the training arguments. train_batch_size is omitted: under stage 3 a second, frozen
+    model would inherit it, and DeepSpeed would reject the value as inconsistent.
     """
     if zero.stage == 0 and not zero.config:
         return None
@@ -32,7 +32,7 @@ def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
     if zero.offload_param:
         optimization["offload_param"] = {"device": "cpu"}
     if zero.stage == 3:
-        # without it a save under stage 3 holds empty tensors
+        # without it, models saved under stage 3 contain empty tensors
         optimization["stage3_gather_16bit_weights_on_model_save"] = True
     config: dict[str, Any] = {
         "zero_optimization": optimization,
@@ -41,7 +41,7 @@ def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
         "gradient_clipping": "auto",
         "gradient_accumulation_steps": "auto",
         "train_micro_batch_size_per_gpu": "auto",
-        # transformers' AdamW is what one process uses too; DeepSpeed's own CPU Adam would need a compiler
+        # use transformers' AdamW, as a single process does; DeepSpeed's own CPU Adam would need a compiler
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
@@ -51,10 +51,10 @@ def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
 
 
 def build_operators() -> None:
-    """Build, or load, DeepSpeed's operator for ranks on CPUs, one process at a time.
+    """Build or load DeepSpeed's communication operator for CPU ranks, one process at a time.
 
-    torch guards the build with a lock file that does not name its owner: one that a killed process left makes every
-    later run wait for ever. The kernel releases our flock on exit, so a remaining torch lock file is stale.
+    torch guards the build with a lock file that does not name its owner. If a killed process leaves one behind, every
+    later run waits forever. The kernel releases our flock on exit, so a remaining torch lock file is stale.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops import __compatible_ops__
@@ -66,15 +66,15 @@ def build_operators() -> None:
     with (folder / ".align-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
-        # later loads in this process find it loaded
+        # later loads in this process reuse it
         builder.load(verbose=False)
 
 
 def unlink_buffers() -> None:
-    """Take the names of DeepSpeed's shared buffers away once every rank has them open.
+    """Unlink DeepSpeed's shared memory buffers once every rank has opened them.
 
-    DeepSpeed never removes them, 66 MB a rank and run in /dev/shm; without a name the kernel frees them with the last
-    rank, however that ends. To be called on all ranks.
+    DeepSpeed never removes them (66 MB per rank and run in /dev/shm). Once unlinked, the kernel frees them when the last
+    rank exits, even if it is killed. Must be called on all ranks.
     """
     import torch
 
@@ -93,8 +93,8 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> contextlib.AbstractContextManager[None]:
-    """Within, every rank has the whole parameters, of which it holds a part under ZeRO-3. With `writing`, what rank 0
-    changed goes to all ranks."""
+    """A context in which every rank has the full parameters, which are sharded under ZeRO-3. With `writing`, rank 0's
+    changes are broadcast to all ranks."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
@@ -105,8 +105,8 @@ def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> conte
 
 
 def on_device(model: PreTrainedModel, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Within, every rank has the whole model on its device and can generate: under ZeRO-3 it holds a part, and under
-    ZeRO-1 and 2 trainers leave the model on the host until they train."""
+    """A context in which every rank has the full model on its device and can generate. Outside of it, the model is
+    sharded under ZeRO-3, and under ZeRO-1 and 2 trainers keep it on the host until training starts."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
@@ -115,14 +115,14 @@ def on_device(model: PreTrainedModel, device: torch.device) -> contextlib.Abstra
 
 
 def loading_whole() -> contextlib.AbstractContextManager[None]:
-    """Within, models that are loaded are whole on every rank. For those that only score: `generate` waits for the other
-    ranks as long as stage 3 is announced."""
+    """A context in which models are loaded unsharded on every rank. For models that only score: outside of it,
+    `generate` waits for the other ranks as long as stage 3 is configured."""
     return libraries.no_zero3_loading()
 
 
 def load_whole_from_now_on() -> None:
-    """Let models that are loaded from here on be whole on every rank, and generate alone: training arguments with stage
-    3 make transformers shard each one while it loads."""
+    """Load models unsharded from here on, so that each rank generates on its own. Training arguments with stage 3 make
+    transformers shard every model while loading."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

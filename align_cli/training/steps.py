@@ -97,7 +97,7 @@ class StepTrainer(Trainer):
         error = self.accelerator.gather(error.reshape(1)).max().item()
         self.layout = "shared" if error < AGREE else "rows"
         if self.layout == "rows":
-            self.say("this model's attention does not support 4-D masks: each response is computed with its own copy of the prompt")
+            self.say("this model's attention does not support 4-D masks: the prompt is computed anew for each response")
         return self.layout
 
     def packed(self, model: Any, rows: list[Row]) -> Packed:
@@ -130,8 +130,8 @@ class StepTrainer(Trainer):
         return loss
 
     def _even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
-        """Micro-batches as (indices of groups, weight). Ranks with fewer micro-batches repeat their last one with weight
-        0, because every forward pass of ZeRO-3 runs collectives."""
+        """Micro-batches as (indices of groups, weight). Ranks with fewer of them repeat their last one with weight 0,
+        because every forward pass of ZeRO-3 runs collectives."""
         count = torch.tensor([len(parts)], device=self.args.device)
         most = int(self.accelerator.gather(count).max())
         return [(part, 1.0) for part in parts] + [(parts[-1], 0.0)] * (most - len(parts))

@@ -116,7 +116,8 @@ def test_a_held_out_part_of_which_nothing_is_left_is_refused(tok):
         with pytest.raises(DataError) as raised:
             datasets(tok, data)
         (line,) = raised.value.lines
-        assert line.startswith(f"data.eval: every row was dropped; most often: {OVER} ({len(groups)}), first at a.jsonl")
+        start = f"data.eval: every row was dropped; most often: {OVER} ({len(groups)}), first at a.jsonl"
+        assert line.startswith(start)
 
 
 def test_a_stream_counts_what_tokens_cost_and_holds_it_against_the_limit(tok):

@@ -76,7 +76,7 @@ def test_after_the_last_attempt_it_is_said_in_one_line(server, endpoint):
 def test_a_wrong_key_is_not_tried_again(server, monkeypatch):
     endpoint = made(server.address, monkeypatch, key="sk-wrong-key")
     line = refusal(endpoint)
-    assert "refused the key (401); set THE_KEY to a key that it takes" in line and "sk-wrong" not in line
+    assert "refused the key (401); set THE_KEY to a valid key" in line and "sk-wrong" not in line
     assert not endpoint.waited
     with pytest.raises(AlignError, match="refused the key"):
         endpoint.probe()
