@@ -1,4 +1,4 @@
-"""Private names of transformers, accelerate, torch and DeepSpeed (tests/compat/test_private_names.py)."""
+"""All uses of private names of transformers, accelerate, torch and DeepSpeed (tests/compat/test_private_names.py)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def attention(config: PretrainedConfig) -> str:
 
 
 def tied_weights(model: PreTrainedModel) -> set[str]:
-    """Names of weights that are another weight's alias and are not saved."""
+    """Names of weights that are tied to another weight and therefore not saved."""
     return set(getattr(model, "_tied_weights_keys", None) or {})
 
 
 def made_from_config(config: GenerationConfig) -> bool:
-    """Whether a model directory had no generation_config.json, so that this one holds the architecture's defaults."""
+    """Whether the config holds the architecture's defaults, since the model has no generation_config.json."""
     return bool(getattr(config, "_from_model_config", False))
 
 
 @contextlib.contextmanager
 def no_zero3_loading() -> Iterator[None]:
-    """Within, transformers does not know of ZeRO-3 and loads models whole on every rank."""
+    """A context in which transformers ignores ZeRO-3 and loads models unsharded on every rank."""
     from transformers.integrations import deepspeed
 
     sharding = deepspeed._hf_deepspeed_config_weak_ref
@@ -46,19 +46,19 @@ def no_zero3_loading() -> Iterator[None]:
 
 
 def exchange_gradients(state: GradientState, now: bool) -> None:
-    """Whether the next backward pass ends an optimizer step, after which gradients are exchanged."""
+    """Set whether the next backward pass ends an optimizer step, after which gradients are exchanged."""
     state._set_sync_gradients(now)
 
 
 def extension_folder(name: str) -> Path:
-    """Where torch builds a C++ extension of this name."""
+    """The directory in which torch builds the C++ extension of this name."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(name, verbose=False))
 
 
 def deepspeed_accelerator() -> str:
-    """What DeepSpeed runs on: cpu, cuda, …"""
+    """The accelerator that DeepSpeed uses: cpu, cuda, …"""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()._name

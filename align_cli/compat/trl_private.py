@@ -1,7 +1,7 @@
-"""Private names of TRL's trainers under public ones of our own (tests/compat/test_private_names.py).
+"""Public wrappers for private methods of TRL's trainers (tests/compat/test_private_names.py).
 
-Our trainers override hooks that TRL calls by private names. The mixins here stand between: the private method calls a
-public one, which a trainer overrides, and the public default calls TRL's.
+Our trainers override hooks that TRL calls by private names. These mixins map each private method to a public one, which
+a trainer may override; its default implementation calls TRL's.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer import utils
 
 Responses = tuple[list[list[int]], Any]
-"""(token ids of responses, their log-probabilities where the engine gives them)."""
+"""(token ids of responses, their log-probabilities if the engine returns them)."""
 
 
 class OnlineHooks:
-    """Mixin before GRPOTrainer or RLOOTrainer."""
+    """Mixin for GRPOTrainer and RLOOTrainer; must precede them in the bases."""
 
     gives_log_probs = True
-    """Whether this trainer's single turn returns log-probabilities beside ids; RLOOTrainer's does not."""
+    """Whether the trainer's `_generate_single_turn` returns log-probabilities with the ids; RLOOTrainer's does not."""
 
-    # -- what ours override
+    # -- methods that our trainers override
 
     def prompt_tokens(self, prompts: list[Any]) -> list[list[int]]:
         """Token ids of prompts."""
         return super()._tokenize_prompts(prompts)[0]
 
     def sample(self, prompts: list[list[int]], generate: Callable[[list[list[int]]], Any]) -> Responses:
-        """Responses to prompts; `generate` is TRL's own way."""
+        """Responses to prompts; `generate` is TRL's implementation."""
         made = generate(prompts)
         return made if isinstance(made, tuple) else (made, None)
 
     def rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A rollout: sampled, scored, ready for the loss."""
+        """A rollout: responses, sampled and scored, with all inputs of the loss."""
         return super()._generate_and_score_completions(inputs)
 
     def reward(self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], ids: Any) -> Tensor:
@@ -45,7 +45,7 @@ class OnlineHooks:
         return super()._calculate_rewards(inputs, prompts, completions, ids)
 
     def micro_batch(self, batch: Any) -> Any:
-        """What one forward and backward pass is given."""
+        """The inputs of one forward and backward pass."""
         return super()._prepare_inputs(batch)
 
     def policy_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -56,21 +56,21 @@ class OnlineHooks:
         """The order in which prompts are sampled."""
         return super()._get_train_sampler(dataset)
 
-    # -- what TRL keeps
+    # -- state of TRL's trainers
 
     @property
     def figures(self) -> dict[str, list[float]]:
-        """Training figures since the last log, by name."""
+        """Training metrics since the last log, by name."""
         return self._metrics["train"]
 
     @property
     def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer itself, of a processor too."""
+        """The tokenizer, also if the processing class is a processor."""
         return self._tokenizer
 
     @property
     def micro_step(self) -> int:
-        """Forward and backward passes so far in this process."""
+        """Number of forward and backward passes in this process so far."""
         return self._step
 
     def token_log_probs(self, model: Any, ids: Tensor, mask: Tensor, t: int, batch_size: int) -> Tensor:
@@ -104,10 +104,10 @@ class OnlineHooks:
 
 
 class PreparedRows:
-    """Mixin before DPOTrainer or KTOTrainer, whose rows are tokens already."""
+    """Mixin for DPOTrainer and KTOTrainer with tokenized rows; must precede them in the bases."""
 
     def prepared(self, dataset: Dataset) -> Dataset:
-        """The rows as the trainer's collator takes them."""
+        """The rows in the format of the trainer's collator."""
         return dataset
 
     def with_reference(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -115,13 +115,13 @@ class PreparedRows:
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def reference_engine(self, make: Callable[[], Any]) -> Any:
-        """The DeepSpeed engine that computes them; `make` makes it the first time."""
+        """The DeepSpeed engine for the reference's log-probabilities; `make` creates it on first use."""
         self._precompute_engine = self._precompute_engine or make()
         return self._precompute_engine
 
     @property
     def eval_figures(self) -> dict[str, list[float]]:
-        """Held-out figures since the last log, by name."""
+        """Held-out metrics since the last log, by name."""
         return self._metrics["eval"]
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,19 +142,19 @@ class CountsTokens(Protocol):
 
 
 def trained_tokens(trainer: CountsTokens) -> int:
-    """Tokens that went through the model in training so far."""
+    """Number of tokens trained on so far."""
     return trainer._total_train_tokens
 
 
 def set_trained_tokens(trainer: CountsTokens, count: int) -> None:
-    """Set what `trained_tokens` says: trainers of ours count in their own way."""
+    """Set the result of `trained_tokens`, for trainers that count tokens themselves."""
     trainer._total_train_tokens = count
 
 
 def replace_fused_head(function: type) -> None:
-    """Make `function` the autograd function of TRL's fused head in this process, over positions with a label only.
+    """Make `function` the autograd function of TRL's fused head in this process, for positions with a label only.
 
-    TRL scores every position where Triton is missing, for the sake of compilation.
+    Without Triton, TRL would compute every position, to keep shapes static for compilation.
     """
     utils._ChunkedLogProbFunction = function
     utils._use_triton = lambda device: True

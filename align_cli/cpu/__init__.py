@@ -1,4 +1,4 @@
-"""What is done otherwise on a CPU than on a GPU, behind one door."""
+"""Optimisations for training on a CPU, installed by one function."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 
 def install(ranks: int) -> None:
-    """Put the CPU's own language-model head, attention and memory settings in place, where this process computes on
-    one; ranks of one machine share its cores."""
+    """Install our language-model head, attention and memory settings if this process computes on a CPU. With several
+    ranks, limit torch to OMP_NUM_THREADS threads, since the ranks share the machine's cores."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Memory that a training step frees, kept for the next one."""
+"""Keeps memory freed by a training step in the process, for the next step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MOST = 2**31 - 1
 
 
 def keep_freed() -> None:
-    """Tell glibc to hold on to what tensors in main memory free: it would give each large one back to the kernel, which
-    clears every page of the next one. Does nothing where the C library is another."""
+    """Make glibc keep the memory of freed tensors. By default it returns each large block to the kernel, which then has
+    to zero every page of the next one. Does nothing with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(MMAP_THRESHOLD, MOST)

@@ -154,7 +154,7 @@ class EndpointGenerator:
         return replies
 
     def choose(self, questions: Sequence[str], reasoned: Sequence[str | None]) -> list[LogProbs | None]:
-        """As LocalGenerator.choose. If the server gives no log-probabilities, the chosen letter gets 0, its rival -1e4."""
+        """As LocalGenerator.choose. Without log-probabilities from the server, the letters get 0 (chosen) and -1e4."""
         return [self._choice(question, reason) for question, reason in zip(questions, reasoned, strict=True)]
 
     def _choice(self, question: str, reason: str | None) -> LogProbs | None:

@@ -73,8 +73,8 @@ def build_operators() -> None:
 def unlink_buffers() -> None:
     """Unlink DeepSpeed's shared memory buffers once every rank has opened them.
 
-    DeepSpeed never removes them (66 MB per rank and run in /dev/shm). Once unlinked, the kernel frees them when the last
-    rank exits, even if it is killed. Must be called on all ranks.
+    DeepSpeed never removes them (66 MB per rank and run in /dev/shm). Once unlinked, the kernel frees them when the
+    last rank exits, even if it is killed. Must be called on all ranks.
     """
     import torch
 
@@ -115,8 +115,8 @@ def on_device(model: PreTrainedModel, device: torch.device) -> contextlib.Abstra
 
 
 def loading_whole() -> contextlib.AbstractContextManager[None]:
-    """A context in which models are loaded unsharded on every rank. For models that only score: outside of it,
-    `generate` waits for the other ranks as long as stage 3 is configured."""
+    """A context in which models are loaded unsharded on every rank. Use it for models that only score: `generate`
+    waits for the other ranks as long as stage 3 is configured."""
     return libraries.no_zero3_loading()
 
 

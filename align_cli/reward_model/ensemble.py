@@ -1,4 +1,4 @@
-"""An ensemble of reward models: heads on one trunk, each of which learns from a bootstrap of the groups."""
+"""Ensembles of reward models: several heads on one trunk, each trained on a bootstrap sample of the groups."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from align_cli.training.layout import Row
 
 
 def drawn(row: Row, seeds: list[int]) -> list[int]:
-    """How often each head learns from a group: Poisson(1), the bootstrap of a stream (Oza 2005), by content, so that
-    ranks and resumed runs agree."""
+    """How often each head counts a group: Poisson(1), the online bootstrap (Oza 2005). Seeded by the group's content,
+    so that ranks and resumed runs agree."""
     counts = []
     for seed in seeds:
         draw, count, product = random.Random(f"{seed} {row['prompt_ids']} {row['responses']}"), 0, 1.0

@@ -1,4 +1,4 @@
-"""Losses as pure functions of scores. Imports torch alone.
+"""Reward-model losses as pure functions of scores. Imports torch only.
 
 Shapes: b groups, k responses of a group (padded to the largest). Every function returns (b,) losses.
 """
@@ -11,9 +11,9 @@ from torch.nn.functional import logsigmoid
 
 
 def pair_targets(levels: Tensor, probability: Tensor | None = None) -> Tensor:
-    """(b, k, k) probability that response i beats response j; 0 both ways where the two are not compared.
+    """(b, k, k) probability that response i beats response j; 0 in both directions if the two are not compared.
 
-    `levels` is (b, k): 0 for the best responses, 1 for the next best, …, equal where tied, -1 for padding. Where
+    `levels` is (b, k): 0 for the best responses, 1 for the next best, …, equal for ties, -1 for padding. If
     `probability` (b,) is not NaN, the group is a pair whose first response is better with that probability.
     """
     there = levels >= 0
@@ -30,8 +30,8 @@ def ranking_loss(scores: Tensor, targets: Tensor, margin: Tensor | float = 0.0) 
     """-1/C(K,2) Σ_{i before j} log σ(r_i - r_j - m): all pairs of a prompt as one element (InstructGPT, eq. 1).
 
     `scores` (b, k), `targets` from `pair_targets`, `margin` a number or (b, k, k), as in Llama 2 (arXiv 2307.09288,
-    eq. 2). With two responses it is Bradley-Terry. Ties are in no pair; the mean is over the pairs that there are. A
-    soft target p gives -p·log σ(Δ) - (1-p)·log σ(-Δ).
+    eq. 2). With two responses it is Bradley-Terry. Ties form no pair; the mean is over the remaining pairs. A soft
+    target p gives -p·log σ(Δ) - (1-p)·log σ(-Δ).
     """
     difference = scores.unsqueeze(2) - scores.unsqueeze(1)
     pairs = targets.sum((1, 2))
@@ -41,13 +41,13 @@ def ranking_loss(scores: Tensor, targets: Tensor, margin: Tensor | float = 0.0) 
 def plackett_luce_loss(scores: Tensor, levels: Tensor) -> Tensor:
     """-log P(ranking) = Σ_i [logsumexp_{j not before i} r_j - r_i] (Plackett 1975).
 
-    Tied responses share one denominator (Breslow); the last level, which nothing follows, adds nothing.
+    Tied responses share one denominator (Breslow). The last level contributes nothing.
     """
     there = levels >= 0
     behind = (levels.unsqueeze(1) >= levels.unsqueeze(2)) & there.unsqueeze(1)
     followed = ((levels.unsqueeze(1) > levels.unsqueeze(2)) & there.unsqueeze(1)).any(2)
     rivals = scores.unsqueeze(1).masked_fill(~behind, -torch.inf)
-    # a padded response has no rival at all, and logsumexp of nothing would put NaN into the gradient
+    # a padded response has no rivals, and logsumexp of all -∞ would put NaN into the gradient
     rivals = rivals.masked_fill(~there.unsqueeze(2), 0.0)
     return ((rivals.logsumexp(2) - scores) * (there & followed)).sum(1)
 

@@ -1,4 +1,4 @@
-"""How good a reward model is on groups it was not trained on, always beside "the longer response wins".
+"""Quality of a reward model on held-out groups, compared with the baseline "the longer response wins".
 
 Shapes: p compared pairs, as (winner, loser).
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BINS = 4
-"""Quarters of |Δr|, and ten bins of confidence for the calibration error."""
+"""Number of bins of |Δr|, so quarters. The calibration error uses ten bins of its own."""
 
 
 @dataclass
@@ -24,11 +24,11 @@ class Pairs:
     longer: Tensor
     """(p,) tokens of the winner minus tokens of the loser."""
     group: Tensor
-    """(p,) which group the pair is of."""
+    """(p,) index of the pair's group."""
 
 
 def pairs(scores: list[list[float]], levels: list[list[int]], lengths: list[list[int]]) -> Pairs:
-    """Every pair of responses that a group ranks; ties are in none."""
+    """Every pair of responses that a group ranks; tied responses form no pair."""
     compared = [
         (scores[g][i] - scores[g][j], lengths[g][i] - lengths[g][j], g)
         for g, order in enumerate(levels)
@@ -41,11 +41,11 @@ def pairs(scores: list[list[float]], levels: list[list[int]], lengths: list[list
 
 
 def measure(compared: Pairs) -> dict[str, Any]:
-    """Figures by name; accuracies count a tie in score as half. Empty without pairs.
+    """Metrics by name; accuracies count equal scores as half. Empty without pairs.
 
-    accuracy and its standard error (over groups, since the pairs of one prompt hang together), longer_wins, accuracy
-    where the winner is the longer / shorter one, by quarter of |Δr|, the expected calibration error of σ(Δr)
-    (arXiv 1706.04599, ten bins), and Spearman(Δr, Δlength) over both orders of every pair.
+    accuracy and its standard error (clustered by group, since the pairs of one prompt are correlated), longer_wins,
+    accuracy where the winner is the longer / shorter response and by quarter of |Δr|, the expected calibration error
+    of σ(Δr) (arXiv 1706.04599, ten bins), and Spearman(Δr, Δlength) over both orders of every pair.
     """
     difference, longer = compared.difference, compared.longer
     if not len(difference):
@@ -74,9 +74,9 @@ def measure(compared: Pairs) -> dict[str, Any]:
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
-    """What is printed; the last line says so if the model does no better than counting words."""
+    """Lines to print. The last line is a warning if the model is not clearly better than judging by length."""
     if not figures:
-        return ["held-out: no pair to compare"]
+        return ["held-out: no pairs to compare"]
     error = figures["accuracy_se"]
     shown = [
         f"held-out pairs: accuracy {figures['accuracy']:.3f} ± {error:.3f}, beside {figures['longer_wins']:.3f} for "
@@ -98,7 +98,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"Spearman(Δr, Δlength) {figures['spearman_length']:+.2f}"
     )
     if figures["accuracy"] <= max(figures["longer_wins"], 1 - figures["longer_wins"], 0.5):
-        shown.append("  This reward model does no better than judging by length: do not optimise against it.")
+        shown.append("  This reward model is no better than judging by length: do not optimise against it.")
     elif figures["accuracy"] - error <= max(figures["longer_wins"], 1 - figures["longer_wins"], 0.5):
         shown.append("  It beats judging by length by less than one standard error: hold out more pairs to be sure.")
     return shown
@@ -109,7 +109,7 @@ def _wins(difference: Tensor) -> Tensor:
 
 
 def _standard_error(right: Tensor, group: Tensor) -> float:
-    """Of the mean over pairs, clustered by group (Liang & Zeger 1986)."""
+    """Standard error of the mean over pairs, clustered by group (Liang & Zeger 1986)."""
     groups = group.unique()
     if len(groups) < 2:
         return float((right.var(unbiased=False) / len(right)).sqrt())

@@ -1,5 +1,5 @@
-"""The scale of a reward model's scores, as its manifest keeps it: mean, standard deviation, and the shift that puts
-demonstrations at 0 on average (InstructGPT, arXiv 2203.02155, appendix C.2)."""
+"""The scale of a reward model's scores, for its manifest: mean, standard deviation, and the shift that gives
+demonstrations a mean score of 0 (InstructGPT, arXiv 2203.02155, appendix C.2)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from align_cli.training.job import Job, fold_in
 from align_cli.training.layout import Row
 
 RESPONSES = 512
-"""Responses that mean and standard deviation are taken over."""
+"""Number of responses for mean and standard deviation."""
 STREAMED = 64
-"""The same where rows are streamed."""
+"""The same for streamed rows."""
 
 
 def demonstrations(tokenizer: PreTrainedTokenizerBase, job: Job[RmRecipe]) -> list[Row]:
-    """The rows of method.center_on, each with its one response. Raises DataError for a file of which too little can be
-    used, before anything is trained."""
+    """The rows of method.center_on, each with one response. Called before training; raises DataError if too few rows
+    of the file can be used."""
     data, tally, rows = job.recipe.data, chat.Tally(), []
     if job.recipe.method.center_on is None:
         return rows
@@ -45,8 +45,8 @@ def demonstrations(tokenizer: PreTrainedTokenizerBase, job: Job[RmRecipe]) -> li
 def measured(
     trainer: RankingTrainer, centered_on: list[Row], job: Job[RmRecipe], train: Dataset | IterableDataset
 ) -> dict[str, Any]:
-    """Mean and standard deviation of each head's scores, and the shift. A head with a bias takes the shift in; others
-    leave it to whoever scores, in the manifest."""
+    """Mean and standard deviation of each head's scores, and the shift. If the head has a bias, the shift is added to
+    it; otherwise it is in the manifest, and the code that scores applies it."""
     source = job.recipe.method.center_on
     if source is None:
         rows, name = list(train.take(STREAMED if job.recipe.data.streaming else RESPONSES)), "data.train"

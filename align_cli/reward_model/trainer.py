@@ -1,7 +1,7 @@
-"""Training and measuring a reward model on groups: K forward passes a ranking, not one for every side of every pair.
+"""Trains and evaluates a reward model on groups: K forward passes per ranking, not two per pair.
 
-Departs from TRL's RewardTrainer: a batch element is a prompt with its K responses, an optimizer step is cut into
-micro-batches by tokens instead of rows, and held-out figures come with their baselines.
+Differs from TRL's RewardTrainer: a batch element is a prompt with its K responses, an optimizer step is split into
+micro-batches by tokens instead of rows, and held-out metrics come with their baselines.
 
 Shapes: b groups, k responses, h heads.
 """
@@ -26,7 +26,7 @@ class Objective:
         self.loss, self.margin, self.center = loss, margin, center
 
     def weights(self, rows: list[Row]) -> Tensor:
-        """(b,) what each group counts for in the mean: its pairs, where every pair is an element, else 1."""
+        """(b,) weight of each group in the mean: its number of pairs for the pairwise loss, else 1."""
         if self.loss != "pairwise":
             return torch.ones(len(rows))
         return torch.tensor([float(_comparisons(row)) for row in rows])
@@ -85,7 +85,7 @@ class RankingTrainer(StepTrainer):
     # -- scores
 
     def scores(self, model: Any, rows: list[Row]) -> tuple[Tensor, int]:
-        """(b, k, h) scores of the groups' responses, 0 where there is none; and the tokens that it took."""
+        """(b, k, h) scores of the groups' responses, 0 for padding; and the number of tokens computed."""
         packed = self.packed(model, rows)
         return packed.regroup(model(**packed.inputs)), packed.tokens
 
@@ -96,25 +96,25 @@ class RankingTrainer(StepTrainer):
     # -- training
 
     def weights(self, rows: list[Row]) -> Tensor:
-        """(b,) as the objective says."""
+        """(b,) weights of the objective."""
         return self.objective.weights(rows)
 
     def losses(self, model: Any, rows: list[Row]) -> tuple[Tensor, tuple[Tensor, int]]:
-        """(b,) losses, a mean over heads; and the scores and the tokens that they took."""
+        """(b,) losses, averaged over heads; and the scores and the number of tokens computed."""
         scores, tokens = self.scores(model, rows)
         return self._each(scores, rows), (scores.detach(), tokens)
 
     def _each(self, scores: Tensor, rows: list[Row]) -> Tensor:
-        """(b,) losses, a mean over heads; in an ensemble each head counts a group as often as it drew it."""
+        """(b,) losses, averaged over heads; in an ensemble each head weights a group by its bootstrap count."""
         if "heads" not in rows[0]:
             return self.objective(scores, rows).mean(1)
         drawn = torch.tensor([row["heads"] for row in rows], device=scores.device, dtype=scores.dtype)
         return (self.objective(scores, rows) * drawn).mean(1)
 
-    # -- figures
+    # -- metrics
 
     def note(self, figures: tuple[Tensor, int], rows: list[Row]) -> None:
-        """Adds up how many pairs are ordered as they should be, and by how much."""
+        """Accumulate the number of correctly ordered pairs and their margins."""
         scores, tokens = figures
         mean = scores.mean(2)
         levels = _levels(rows, mean)
@@ -125,7 +125,7 @@ class RankingTrainer(StepTrainer):
         self._sums += torch.stack([value.float().cpu() for value in sums])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds accuracy and mean margin of the training pairs since the last log."""
+        """Add accuracy and mean margin of the training pairs since the last log."""
         if "loss" in logs and "train_runtime" not in logs:
             right, margin, pairs, tokens = self.accelerator.reduce(self._sums.to(self.args.device), "sum").tolist()
             logs |= {"accuracy": right / max(pairs, 1), "margin": margin / max(pairs, 1)}
@@ -154,7 +154,7 @@ class RankingTrainer(StepTrainer):
         return ((torch.stack(each) * weights).sum() / weights.sum()).item()
 
     def score_all(self, rows: list[Row]) -> list[list[list[float]]]:
-        """Per group and response the scores of all heads, in the order of `rows`, the same on every rank."""
+        """Scores of all heads per group and response, in the order of `rows`, identical on every rank."""
 
         def measure(model: Any, picked: list[Row]) -> list[list[list[float]]]:
             scores, _ = self.scores(model, picked)
