@@ -57,7 +57,7 @@ def attend(
 
 
 def _masked(scores: Tensor, mask: Tensor | None, module: Any, is_causal: bool | None) -> Tensor:
-    """(b, k, h/k, q, t) scores, minimal where masked. Not -∞, since padding rows are masked entirely (softmax gives NaN)."""
+    """(b, k, h/k, q, t) scores, very low where masked; not -∞, since padding rows are fully masked."""
     low = torch.finfo(scores.dtype).min
     if mask is None:
         if not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):

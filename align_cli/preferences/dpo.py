@@ -1,7 +1,7 @@
-"""DPO on TRL's trainer, fed with pairs that are tokens already; the rounds of DPO and SPIN train through it, too.
+"""DPO on TRL's trainer with tokenized pairs; the rounds of DPO and SPIN also use it.
 
-Departures from TRL's DPOTrainer: rows are not tokenized, truncated or dropped again; the reference's
-log-probabilities are kept under a key of model, data and settings that later runs share; cDPO is back.
+Differences from TRL's DPOTrainer: rows are not tokenized, truncated or dropped again; the reference's log-probabilities
+are cached under a key of model, data and settings, so that later runs reuse them; cDPO is supported.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def arguments(job: Job[DpoRecipe | SpinRecipe], **own: Any) -> DPOConfig:
-    """Training arguments; `own` are further fields. Must be built before any model, or ZeRO-3 does not shard while
-    loading."""
+    """Training arguments; `own` are further fields. Must be built before any model is loaded, or ZeRO-3 does not shard
+    while loading."""
     precompute = job.recipe.method.precompute_reference
     return training_arguments(DPOConfig, job, precompute_ref_log_probs=precompute, **own)
 
 
 def losses(method: DpoMethod) -> dict[str, Any]:
-    """The fields of TRL's config that a recipe's mixture of losses sets."""
+    """The fields of TRL's config for a recipe's mixture of losses."""
     names, smoothing = trl_loss(method.loss, method.label_smoothing)
     return {
         "loss_type": names,
@@ -55,7 +55,7 @@ def trainer(
     train: Dataset | IterableDataset,
     held_out: Dataset | None,
 ) -> DpoTrainer:
-    """A trainer of the job's policy against its reference, over `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+    """A trainer for the job's policy and reference on rows of `prompt_ids`, `chosen_ids`, `rejected_ids`."""
     recipe, other = job.recipe, job.reference
     return DpoTrainer(
         model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base),
@@ -71,7 +71,7 @@ def trainer(
 
 
 def trl_loss(losses: list[str], label_smoothing: float) -> tuple[list[str], float]:
-    """TRL's loss types and label smoothing for a recipe's.
+    """TRL's loss types and label smoothing for a recipe's losses.
 
     TRL dropped conservative DPO, (1-ε)·[-log σ(x)] + ε·[-log σ(-x)], when its sigmoid loss lost label smoothing. Its
     `robust` loss, ((1-ε')·[-log σ(x)] - ε'·[-log σ(-x)]) / (1-2ε'), is the same function at ε' = -ε/(1-2ε).
@@ -82,7 +82,7 @@ def trl_loss(losses: list[str], label_smoothing: float) -> tuple[list[str], floa
 
 
 class DpoTrainer(PreparedRows, DPOTrainer):
-    """DPOTrainer over `prompt_ids`, `chosen_ids`, `rejected_ids`; reference log-probabilities from a shared cache."""
+    """DPOTrainer for `prompt_ids`, `chosen_ids`, `rejected_ids` that caches reference log-probabilities across runs."""
 
     def __init__(self, *args: Any, reference_key: str = "", reference_cache: Path | None = None, **kwargs: Any):
         self.reference_key, self.reference_cache = reference_key, reference_cache
@@ -91,7 +91,7 @@ class DpoTrainer(PreparedRows, DPOTrainer):
             super().__init__(*args, **kwargs)
 
     def with_reference(self, dataset: Dataset | IterableDataset, name: str, batch_size: int) -> Dataset:
-        """The rows with the reference's log-probabilities: from the cache, or computed and put there."""
+        """The rows with the reference's log-probabilities, read from the cache or computed and cached."""
         if isinstance(dataset, IterableDataset):
             return super().with_reference(dataset, name, batch_size)
         file = self.reference_cache / f"{self._key(dataset)}.safetensors"
@@ -110,7 +110,7 @@ class DpoTrainer(PreparedRows, DPOTrainer):
         return dataset
 
     def _key(self, dataset: Dataset) -> str:
-        """Names the cache file: reference model, token ids (so data and template) and what enters the sum."""
+        """The cache file's name: a hash of reference model, token ids (hence data and template) and `ld_alpha`."""
         digest = hashlib.sha256(json.dumps([self.reference_key, self.args.ld_alpha]).encode())
         for row in dataset:
             digest.update(json.dumps([row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]).encode())
@@ -126,7 +126,7 @@ class DpoTrainer(PreparedRows, DPOTrainer):
         else:
             model = self.ref_model or self.model
         sums: dict[str, list[torch.Tensor]] = {column: [] for column in COLUMNS}
-        # the policy itself stands in for its own start here, and must not drop anything out while it does
+        # without a reference model, the policy before training is the reference; its dropout must be off
         training = self.model.training
         self.model.eval()
         for batch in loader:

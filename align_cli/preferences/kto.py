@@ -1,8 +1,8 @@
-"""KTO on TRL's trainer, fed with responses that are tokens already.
+"""KTO on TRL's trainer with tokenized responses.
 
-Departures from TRL's KTOTrainer: rows are not tokenized, truncated or dropped again; the mismatched responses that the
-KL is estimated from are drawn within an optimizer step, not within a device's micro-batch, so that the number of ranks
-changes nothing; held-out rows get an accuracy.
+Differences from TRL's KTOTrainer: rows are not tokenized, truncated or dropped again; the mismatched responses for the
+KL estimate are taken from the whole optimizer step, not from a device's micro-batch, so that the result does not depend
+on the number of ranks; held-out rows get an accuracy.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from align_cli.model import log_probs
 
 
 class KtoTrainer(PreparedRows, KTOTrainer):
-    """TRL's KTOTrainer over `prompt_ids`, `completion_ids`, `label`; `block` rows make a step over all ranks."""
+    """TRL's KTOTrainer for `prompt_ids`, `completion_ids`, `label`. `block` is the number of rows per step over all ranks."""
 
     def __init__(self, *args: Any, block: int, **kwargs: Any):
         self.block = block
         super().__init__(*args, **kwargs)
 
     def prepared(self, dataset: Dataset) -> Dataset:
-        """The rows with a mismatched response each, where the loss estimates the KL."""
+        """The rows, each with a mismatched response if the loss estimates the KL."""
         if not self.calculate_KL or "KL_completion_ids" in dataset.column_names:
             return dataset
         return dataset.add_column("KL_completion_ids", rotated(dataset["completion_ids"], self.block))
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """TRL's figures, and how often a good response has a higher implied reward than a bad one."""
+        """TRL's metrics, and how often a good response has a higher implied reward than a bad one."""
         rewards, labels = self._rewards(eval_dataset)
         if labels.any() and not labels.all():
             self.eval_figures["rewards/accuracies"].append(ranked(rewards[labels], rewards[~labels]))
@@ -41,7 +41,7 @@ class KtoTrainer(PreparedRows, KTOTrainer):
 
     @torch.no_grad()
     def _rewards(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """(rows,) β·log π/π_ref of the held-out responses, and (rows,) whether each is a good one."""
+        """(rows,) β·log π/π_ref of the held-out responses, and (rows,) whether each is good."""
         rewards, labels, training = [], [], self.model.training
         self.model.eval()
         engine = (
@@ -71,8 +71,8 @@ class KtoTrainer(PreparedRows, KTOTrainer):
 
 
 def rotated(responses: list[list[int]], block: int) -> list[list[int]]:
-    """For every row another row's response: the previous one's of its block, and the first row gets the last one's
-    (KTO, arXiv 2402.01306, §4.1)."""
+    """For every row the response of the previous row of its block; the first row gets the last one's (KTO,
+    arXiv 2402.01306, §4.1)."""
     made = []
     for start in range(0, len(responses), block):
         part = responses[start : start + block]
@@ -81,19 +81,19 @@ def rotated(responses: list[list[int]], block: int) -> list[list[int]]:
 
 
 def ranked(good: Tensor, bad: Tensor) -> float:
-    """How probable it is that a good response is rewarded above a bad one; ties count half."""
+    """Probability that a good response has a higher reward than a bad one; ties count half."""
     difference = good.unsqueeze(1) - bad.unsqueeze(0)
     return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
 
 
 def balance(good: int, bad: int, desirable: float, undesirable: float) -> str:
-    """What eq. 8 of the paper would have the weights be, or the empty string where they are so."""
+    """Advice if the weights violate eq. 8 of the paper, else the empty string."""
     if not good or not bad:
         return ""
     ratio = desirable * good / (undesirable * bad)
     if 1 <= ratio <= 4 / 3:
         return ""
     return (
-        f"{good} good and {bad} bad responses: λ_D·n_D / (λ_U·n_U) is {ratio:.2f}, and the paper wants 1 to 1.33; "
-        f"method.desirable_weight={undesirable * bad / good:.3g} would be at 1"
+        f"{good} good and {bad} bad responses: λ_D·n_D / (λ_U·n_U) is {ratio:.2f}, the paper recommends 1 to 1.33; "
+        f"method.desirable_weight={undesirable * bad / good:.3g} gives 1"
     )

@@ -1,4 +1,4 @@
-"""Which of a prompt's sampled answers make pairs, from their scores. Imports nothing heavy."""
+"""Selects pairs from a prompt's sampled answers by their scores. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from itertools import combinations
 def picked(
     answers: Sequence[list[int] | str], scores: list[float], may_win: list[bool], *, how: str, min_gap: float, draw: int
 ) -> list[tuple[int, int]]:
-    """(better, worse) indices; none where no two scores differ by more than `min_gap`.
+    """(better, worse) indices of pairs whose scores differ by more than `min_gap`.
 
-    `how` is best-worst, best-random (the other one by the number `draw`), all or adjacent. An answer that may not
-    win, since it did not end, is only ever the worse one. Equal answers count once, with their first score.
+    `how` is best-worst, best-random (`draw` selects the other answer), all or adjacent. An answer with `may_win` False
+    (it did not end) is never the better one. Equal answers count once, with their first score.
     """
     order = [at for at in range(len(answers)) if answers[at] not in answers[:at]]
     order.sort(key=lambda at: (-scores[at], at))

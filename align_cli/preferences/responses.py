@@ -1,5 +1,5 @@
-"""Responses of the policy as it stands, on all ranks, and their log-probabilities: what a round of DPO or SPIN is made
-from. Rows are kept in a journal as they are made.
+"""Samples responses of the current policy on all ranks and computes their log-probabilities, for the rounds of DPO and
+SPIN.
 
 Shapes: n rows, t tokens.
 """
@@ -24,11 +24,11 @@ from align_cli.training.journal import Unit
 from align_cli.training.placement import frozen
 
 SCORED_TOKENS = 8192
-"""Tokens that go through a model at a time."""
+"""Maximum number of tokens per forward pass."""
 
 
 class FrozenPolicy:
-    """The policy of a job as it stands: it responds, and gives log-probabilities of responses."""
+    """The job's current policy, frozen: samples responses and computes log-probabilities."""
 
     def __init__(self, job: Job[DpoRecipe | SpinRecipe], tokenizer: PreTrainedTokenizerBase, args: TrainingArguments):
         self.job, self.tokenizer = job, tokenizer
@@ -36,7 +36,7 @@ class FrozenPolicy:
         model = load.policy(job.recipe.model, tokenizer, dtype=job.dtype, path=job.base)
         self.ends = load.set_ends(model, chat.generation_ends(tokenizer))
         add_fused_lm_head(model, temperature=settings.temperature, outputs=("log_probs", "entropy"))
-        # it never trains: the trainer places models
+        # used only to place models; it never trains
         self.trainer = Trainer(model=frozen(model), args=args, processing_class=tokenizer)
         self.model, self.device = model, self.trainer.accelerator.device
         sampler = Sampler(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, settings.batch)
@@ -48,23 +48,23 @@ class FrozenPolicy:
             yield self.model
 
     def respond(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[int]]:
-        """A response for every prompt's token ids; row i is drawn by seeds[i]. As many rows on every rank."""
+        """A response to each prompt's token ids; row i uses seeds[i]. Every rank must pass the same number of rows."""
         return self.engine.respond(prompts, seeds).ids
 
     def text(self, ids: list[int]) -> str:
-        """A response as text, without the token that ends it."""
+        """A response as text, without its end token."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def ended(self, ids: list[int]) -> bool:
-        """Whether a response ends by itself."""
+        """Whether a response ends with an end token."""
         return bool(ids) and ids[-1] in self.ends
 
     @torch.no_grad()
     def log_probs(
         self, model: Module, prompts: list[list[int]], responses: list[list[int]]
     ) -> list[tuple[float, float]]:
-        """For each response its summed log-probability under `model`, and the mean entropy of its tokens, if the model
-        gives one. As many rows on every rank."""
+        """For each response its summed log-probability under `model`, and the mean entropy of its tokens (0 if the
+        model returns none). Every rank must pass the same number of rows."""
         size, values = max(SCORED_TOKENS // self.job.recipe.data.max_length, 1), []
         order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]) + len(responses[at]))
         whole = zero.on_device(model, self.device) if model is self.model else contextlib.nullcontext()
@@ -86,5 +86,5 @@ class FrozenPolicy:
 
 
 def units(rows: int, size: int) -> list[Unit]:
-    """Rows that are answered together, `size` at a time: the same on any number of ranks."""
+    """Batches of `size` rows that are answered together, independent of the number of ranks."""
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -1,11 +1,11 @@
-"""align cai: Constitutional AI, from red-team prompts to a preference set, every step on record.
+"""align cai: Constitutional AI, from red-team prompts to a preference set; every step is recorded.
 
     align cai recipe=demo.yaml
 
-arXiv 2212.08073. First answers, then critique and revision under a principle drawn anew each time (answers.jsonl,
-revisions.jsonl); training on the revisions mixed with helpful data (SL-CAI, the model at the run's root); two answers
-a prompt from it (pairs.jsonl); labels from AI feedback, both orders averaged (preferences.jsonl). What follows is
-`align rm` and `align ppo`, or `align dpo`, on those labels (RL-CAI).
+arXiv 2212.08073. The phases are: first answers (answers.jsonl); critiques and revisions, each with a randomly drawn
+principle (revisions.jsonl); training on the revisions mixed with helpful data (SL-CAI, the model in the run directory);
+two answers per prompt from that model (pairs.jsonl); labels from AI feedback, averaged over both orders of the answers
+(preferences.jsonl). Continue with `align rm` and `align ppo`, or `align dpo`, on those labels (RL-CAI).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from align_cli.training.stop import Stopped
 
 
 def run(job: Job[CaiRecipe]) -> Outcome:
-    """Run the phases that the recipe names, in order. Returns metrics, row counts and what each phase came to."""
+    """Run the phases that the recipe names, in order. Returns metrics, row counts and a summary of each phase."""
     try:
         return _phases(job, RowJournal(job))
     except Stopped as stopped:
@@ -44,7 +44,7 @@ def _phases(job: Job[CaiRecipe], journal: RowJournal) -> Outcome:
         models.unload()
         if (chains := journal.read("revisions")) is not None:
             figures |= summary.of_chains(chains, is_refusal)
-            # before the model is trained on them
+            # warn before the model is trained on them
             _warn(job, summary.warnings(figures, method.warn_above))
     if "train" in method.phases:
         outcome = training.on_revisions(job, journal, chains)
@@ -63,7 +63,7 @@ def _phases(job: Job[CaiRecipe], journal: RowJournal) -> Outcome:
     extra = {"constitution": record, "cai": figures, "usage": models.usage()}
     if job.main:
         audit.write(job.run.path, extra)
-        job.say(f"every chain and label can be read in {job.run.path / audit.FILE}")
+        job.say(f"all chains and labels are in {job.run.path / audit.FILE}")
     return Outcome(outcome.metrics, [*counts, *outcome.counts, of_constitution(principles)], extra=extra)
 
 

@@ -3,9 +3,9 @@
     align dpo recipe=demo.yaml
     align dpo recipe=online-demo.yaml
 
-arXiv 2305.18290, eq. 7, and every other loss of TRL's trainer. The reference is the policy as it starts unless the
-recipe names another one; under LoRA it is the base with the adapter off, and no second model is held. With
-`method.rounds` the pairs are the policy's own answers, scored: `preferences/iterative.py`.
+arXiv 2305.18290, eq. 7, and every other loss of TRL's trainer. The reference is the initial policy unless the recipe
+names another one; under LoRA it is the base with the adapter disabled, without a second model in memory. With
+`method.rounds` the pairs are scored answers of the policy itself: `preferences/iterative.py`.
 """
 
 from __future__ import annotations

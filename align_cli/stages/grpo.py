@@ -3,7 +3,7 @@
     align grpo recipe=demo.yaml
 
 arXiv 2402.03300, eq. 3, on TRL's trainer, with the rewards, sampling, guards and checkpoints of `align ppo`. The KL to
-the reference stands in the loss (k3), not in the reward. Rewards are reward models, or checks of an answer against a
+the reference is a term of the loss (k3), not of the reward. Rewards are reward models, or checks of an answer against a
 column of the data (`reward: { verify: { kind: numeric, column: answer } }`).
 """
 
@@ -18,7 +18,7 @@ from align_cli.training.job import Job, Outcome
 
 
 def run(job: Job[GrpoRecipe]) -> Outcome:
-    """Sample, score, train, in turn; save the policy. Returns the metrics and the row counts."""
+    """Alternate sampling, scoring and training; save the policy. Returns the metrics and the row counts."""
     method = job.recipe.method
     return run_group(
         job,

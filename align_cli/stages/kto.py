@@ -1,10 +1,10 @@
-"""align kto: Kahneman-Tversky optimization, from responses that are each labelled good or bad.
+"""align kto: Kahneman-Tversky optimization on single responses labelled good or bad.
 
     align kto recipe=demo.yaml
 
-arXiv 2402.01306, eq. 7, 8, on TRL's trainer: λ_y - v(x, y), where v of a good response is λ_D·σ(β(r - z)), of a bad
-one λ_U·σ(β(z - r)), r = log π/π_ref, and z, the KL to the reference, is estimated from mismatched responses of a
-micro-batch over all ranks. Rankings serve, too: their best response is a good one.
+arXiv 2402.01306, eq. 7, 8, on TRL's trainer: λ_y - v(x, y), where v is λ_D·σ(β(r - z)) for a good response and
+λ_U·σ(β(z - r)) for a bad one, r = log π/π_ref, and z, the KL to the reference, is estimated from mismatched responses
+of a micro-batch over all ranks. Rankings can be used, too: their best response counts as good.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run(job: Job[KtoRecipe]) -> Outcome:
         beta=method.beta,
         desirable_weight=method.desirable_weight,
         undesirable_weight=method.undesirable_weight,
-        # the mismatched responses are neighbours in the order in which rows are trained
+        # mismatched responses are taken from neighbouring rows, so the training order must not be shuffled
         train_sampling_strategy="sequential",
     )
 

@@ -3,7 +3,7 @@
     align orpo recipe=demo.yaml
 
 arXiv 2403.07691, eq. 6, 7. log-odds = (l̄p_w - l̄p_l) - (log(1 - e^l̄p_w) - log(1 - e^l̄p_l)), in float32. The NLL is over
-the chosen response's tokens, as in the paper; TRL's trainer counts the prompt's too.
+the chosen response's tokens, as in the paper; TRL's trainer includes the prompt's tokens.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     align ppo recipe=demo.yaml
 
-InstructGPT, arXiv 2203.02155, eq. 2. The reward model's score lands on the last token, the KL on every one; the value
-function starts from the reward model and is saved beside the policy, in `value/`.
+InstructGPT, arXiv 2203.02155, eq. 2. The reward model's score is added to the last token, the KL penalty to every
+token. The value function starts from the reward model and is saved next to the policy, in `value/`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from align_cli.training.placement import reference
 
 
 def run(job: Job[PpoRecipe]) -> Outcome:
-    """Sample, score, train, in turn; save policy and value function. Returns the metrics and the row counts."""
+    """Alternate sampling, scoring and training; save policy and value function. Returns the metrics and the row counts."""
     recipe, method = job.recipe, job.recipe.method
     tokenizer = load.tokenizer(recipe.model, job.base)
     args = online.arguments(job, PPOConfig, num_generations=1, beta=0.0, loss_type="dapo")

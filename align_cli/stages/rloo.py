@@ -2,8 +2,8 @@
 
     align rloo recipe=demo.yaml
 
-arXiv 2402.14740, on TRL's trainer, with the rewards, sampling, guards and checkpoints of `align ppo`. No value function
-is held; the KL to the reference is taken off the score of the whole response.
+arXiv 2402.14740, on TRL's trainer, with the rewards, sampling, guards and checkpoints of `align ppo`. There is no
+value function; the KL to the reference is subtracted from the score of the whole response.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from align_cli.training.job import Job, Outcome
 
 
 def run(job: Job[RlooRecipe]) -> Outcome:
-    """Sample, score, train, in turn; save the policy. Returns the metrics and the row counts."""
+    """Alternate sampling, scoring and training; save the policy. Returns the metrics and the row counts."""
     method = job.recipe.method
     return run_group(
         job,

@@ -2,8 +2,8 @@
 
     align rm recipe=demo.yaml
 
-InstructGPT, arXiv 2203.02155, eq. 1. Departs from the usual trainers: a ranking costs K forward passes, or one row with
-the prompt held once; `data.batch_size` counts prompts; an ensemble is several heads on one trunk.
+InstructGPT, arXiv 2203.02155, eq. 1. Differs from common trainers: a ranking takes K forward passes, or one row that
+holds the prompt once; `data.batch_size` counts prompts; an ensemble is several heads on one trunk.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from align_cli.training.loop import loop
 
 
 def run(job: Job[RmRecipe]) -> Outcome:
-    """Train, measure on held-out groups, center, save. Returns the metrics and the row counts."""
+    """Train, evaluate on held-out groups, center the scores, save. Returns the metrics and the row counts."""
     recipe, data, method = job.recipe, job.recipe.data, job.recipe.method
     tokenizer = load.tokenizer(recipe.model, job.base)
     args = arguments(
         RewardConfig,
         job,
-        # one batch of the data loader is all that this rank adds to a step; the trainer cuts it by tokens
+        # a data loader batch holds all of this rank's groups of one step; the trainer splits it by tokens
         per_device_train_batch_size=job.per_device * job.accumulation,
         gradient_accumulation_steps=1,
         remove_unused_columns=False,
@@ -57,16 +57,16 @@ def run(job: Job[RmRecipe]) -> Outcome:
     train, held_out, counts = datasets(job, "preferences", tokenized)
     demonstrations = scale.demonstrations(tokenizer, job)
     if tied:
-        job.say(f"{tied} pairs of responses are tied and are in no comparison")
+        job.say(f"{tied} pairs of responses are tied and not compared")
     model = reward_head.from_policy(recipe.model, tokenizer, dtype=job.dtype, seeds=seeds, path=job.base)
     if recipe.lora:
         model = get_peft_model(model, peft_config(recipe.lora, load.new_tokens(tokenizer), "SEQ_CLS"))
         for parameter in model.parameters():
             if parameter.requires_grad:
-                # a bfloat16 head would round its small updates away
+                # bfloat16 would round the small updates away
                 parameter.data = parameter.data.float()
         if args.gradient_checkpointing:
-            # checkpointed blocks whose inputs need no gradient would train nothing
+            # checkpointed blocks whose inputs do not require gradients would get no gradients
             model.enable_input_require_grads()
     if args.disable_dropout:
         disable_dropout_in_model(model)

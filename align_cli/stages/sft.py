@@ -2,8 +2,8 @@
 
     align sft recipe=demo.yaml
 
-Departs from TRL's defaults: conversations are trained on the assistant's turns only, not on every token, and rows
-that are cut or dropped are counted. `align cai` trains on its revisions in the same way.
+Differs from TRL's defaults: conversations are trained on the assistant's turns only, not on every token, and
+truncated and dropped rows are counted. `align cai` trains on its revisions in the same way.
 """
 
 from __future__ import annotations

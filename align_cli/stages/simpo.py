@@ -2,8 +2,8 @@
 
     align simpo recipe=demo.yaml
 
-arXiv 2405.14734, eq. 6; l̄p is the mean log-probability a token, and recipes give γ/β, as the paper's table does. Other
-losses can be mixed in under `method.also`.
+arXiv 2405.14734, eq. 6; l̄p is the mean log-probability per token. Recipes set γ/β, as the paper's table does. Other
+losses can be added under `method.also`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     align spin recipe=demo.yaml
 
-arXiv 2401.01335, eq. 4.7. Iteration t answers the demonstrations' prompts with the model as it then is and learns to
-tell the human replies from its own, on the generations of t and t-1: `preferences/spin.py`.
+arXiv 2401.01335, eq. 4.7. Iteration t generates replies to the demonstrations' prompts with the current model and
+trains it to prefer the human replies over its own of iterations t and t-1: `preferences/spin.py`.
 """
 
 from __future__ import annotations
