@@ -1,6 +1,6 @@
-"""report.html of an `align cai` run: every prompt's chain from first answer to label, and what all of them come to.
+"""report.html of an `align cai` run: every prompt's chain from first answer to label, and a summary.
 
-One file without anything from outside, made of the run's JSONL files; torch is not needed.
+A self-contained file, made from the run's JSONL files without torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align_cli.run.directory import write_atomically
 
 FILE, CONSTITUTION = "report.html", "constitution.yaml"
 SHOWN = 1000
-"""Chains that the page holds; the files hold all of them."""
+"""Maximum number of chains on the page; the JSONL files have all of them."""
 BINS = 10
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ d.open=true};filter();
 
 
 def write(run: Path, record: dict[str, Any]) -> Path:
-    """Write the page of a run; `record` holds `cai`, `constitution` and `usage` as the manifest does. Returns it."""
+    """Write the page of a run. `record` has the manifest's `cai`, `constitution` and `usage`. Returns the path."""
     write_atomically(run / FILE, page(run, record))
     return run / FILE
 
@@ -68,7 +68,7 @@ def page(run: Path, record: dict[str, Any]) -> str:
     labels = {row["row"]: row for name in ("preferences", "left_out") for row in _rows(run / f"{name}.jsonl")}
     rows = {row["row"]: row for row in [*pairs, *chains]}
     parts = [
-        f"<h1>{escape(str(run))}: every step on record</h1>",
+        f"<h1>{escape(str(run))}: record of every step</h1>",
         f"<p class=dim>{len(rows)} prompts, {written['principles']} principles of {escape(written['path'])} "
         f"(sha256 {written['sha256'][:12]}…){_usage(record.get('usage', {}))}</p>",
         *(f"<p class=weak>{escape(line)}</p>" for line in counts.get("warnings", [])),
@@ -119,7 +119,7 @@ def _cards(counts: dict[str, Any]) -> Iterable[str]:
         if "position_bias" in labels:
             yield card(f"{labels['confidence']:.2f}", "mean confidence |2p - 1|")
             yield card(f"{labels['position_bias']:+.2f}", "position bias: P(A) - ½ over both orders")
-            yield card(f"{labels['orders_disagree']:.0%}", "of pairs judged otherwise when they change places")
+            yield card(f"{labels['orders_disagree']:.0%}", "of pairs: preference changes when the answers are swapped")
 
 
 def _bar(share: float) -> str:
@@ -157,7 +157,7 @@ def _labels(judged: Sequence[Row]) -> Iterable[str]:
     bias = [(row["orders"][0]["p"] + row["orders"][1]["p"]) / 2 for row in both]
     yield "<h2>Labels</h2>"
     shown = _histogram("confidence of the averaged label, |2p - 1|", sure)
-    yield f"<div class=two>{shown}{_histogram('position: mean P(A) over both orders (½ is none)', bias)}</div>"
+    yield f"<div class=two>{shown}{_histogram('position: mean P(A) over both orders (½: unbiased)', bias)}</div>"
 
 
 def _histogram(title: str, values: Sequence[float]) -> str:
@@ -173,7 +173,7 @@ def _histogram(title: str, values: Sequence[float]) -> str:
 
 
 def _marks(row: Row, label: Row | None) -> list[str]:
-    """What the page can be filtered by."""
+    """Values for the page's filter."""
     steps = row.get("chain", [])
     flags = [step[key] for step in steps for key in ("critique_flag", "revision_flag") if step[key]]
     named = [step["principle"] for step in steps] + ([label["principle"]] if label and "principle" in label else [])
@@ -220,7 +220,7 @@ _NOTHING = "<span class=dim>(nothing)</span>"
 
 
 def _changes(before: str, after: str) -> str:
-    """The words of `after`, those that are new marked, and those that went."""
+    """The words of `after` as HTML, with inserted and deleted words marked."""
     one, other = before.split(" "), after.split(" ")
     marked = []
     for what, a, b, c, d in SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
@@ -239,7 +239,7 @@ def _label(label: Row, principles: dict[str, Principle]) -> str:
         f"<b>{escape(label['principle'])}</b><div class=request>{escape(one.comparison)}</div>" if one else "not judged"
     )
     orders = "; ".join(
-        f"P(A) {order['p']:.3f} {'as sampled' if not at else 'changed places'}" if "p" in order else "no letter"
+        f"P(A) {order['p']:.3f} {'as sampled' if not at else 'swapped'}" if "p" in order else "no letter"
         for at, order in enumerate(label.get("orders", []))
     )
     thoughts = [order["reasoning"] for order in label.get("orders", []) if "reasoning" in order]

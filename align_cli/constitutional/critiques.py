@@ -1,7 +1,7 @@
-"""Critiques and revisions (Constitutional AI, arXiv 2212.08073, §3): the turns that ask for them, and what came back.
+"""Critiques and revisions (Constitutional AI, arXiv 2212.08073, §3): builds the requests and parses the replies.
 
-A small model answers with an empty line, with the request itself, with a text it was shown, or with its own answer once
-more. Each is given a name here and counted, never passed over.
+A small model may reply with an empty line, the request itself, a text from its context, or its previous answer. Each of
+these replies gets a flag here, and the flags are counted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ LABEL = re.compile(
     r"\s*(?:critique|revision|version|answer|response|message)?(?: of (?:my|your|the) (?:last )?answer)?\W*:\W*",
     re.IGNORECASE,
 )
-"""`Critique:`, `Revised answer:`, `Here is the rewritten response:` before what was asked for."""
+"""`Critique:`, `Revised answer:`, `Here is the rewritten response:` at the start of a reply."""
 ROLE = re.compile(r"(?:\A|\n)\W*(?:human|user|assistant|system|critique request|revision request)\W*:", re.IGNORECASE)
-"""Where a model goes on to speak for others."""
+"""Start of a turn of another role that the model wrote itself."""
 SENTENCE = re.compile(r"[.!?]['\")\]]*(?=\s|\Z)")
 
 
@@ -34,8 +34,8 @@ def conversation(
     request: str,
     examples: Sequence[Example] = (),
 ) -> list[Message]:
-    """The conversation that ends with `request`: example dialogues, the prompt, its answer, and exchanges of request
-    and reply."""
+    """A conversation that ends with `request`: example dialogues, the prompt, its answer, earlier exchanges of request
+    and reply, and the request."""
     turns: list[Message] = []
     for one in examples:
         for text in (
@@ -47,7 +47,7 @@ def conversation(
     for question, reply in exchanges:
         turns += [_turn(0, question), _turn(1, reply)]
     turns.append(_turn(0, request))
-    # a system message of the prompt's own opens the whole conversation
+    # the prompt's system message must come first
     return [turn for turn in turns if turn["role"] == "system"] + [turn for turn in turns if turn["role"] != "system"]
 
 
@@ -56,10 +56,10 @@ def _turn(number: int, text: str) -> Message:
 
 
 def parsed(text: str, requested: str, shown: Sequence[str] = ()) -> tuple[str, str]:
-    """(what the model said, flag): without a label before it, quotes around it, or turns that it wrote for others.
+    """(reply, flag). Removes a leading label, surrounding quotes, and turns of other roles from the reply.
 
-    flag is "", "empty", "unparsable" where nothing is left, or the request comes back in place of an answer to it, or
-    "copied" where it is one of the texts `shown` before.
+    flag is "", "empty", "unparsable" if nothing is left or the reply repeats the request, or "copied" if the reply is
+    one of the texts in `shown`.
     """
     if not text.strip():
         return "", "empty"
@@ -76,8 +76,8 @@ def parsed(text: str, requested: str, shown: Sequence[str] = ()) -> tuple[str, s
 
 
 def revised(text: str, requested: str, before: str, shown: Sequence[str] = (), *, cut: bool = False) -> tuple[str, str]:
-    """(revision, flag) as `parsed`; "unchanged" where it is the answer before once more; of one that was `cut` at the
-    limit, the whole sentences, and "cut"."""
+    """(revision, flag) as `parsed`, with two more flags: "unchanged" if the revision equals the previous answer, and
+    "cut" if it was `cut` at the token limit, in which case only complete sentences are kept."""
     reply, flag = parsed(text, requested, shown)
     if not flag and _same(reply, before):
         flag = "unchanged"
@@ -88,12 +88,12 @@ def revised(text: str, requested: str, before: str, shown: Sequence[str] = (), *
 
 
 def usable(flag: str) -> bool:
-    """Whether a reply with this flag says something."""
+    """Whether a reply with this flag can be used."""
     return flag not in LOST
 
 
 def changed(before: str, after: str) -> float:
-    """Share of words that a revision changed: 1 - 2·(longest common subsequence)/(words of both); 0 for the same."""
+    """Share of words that a revision changed: 1 - 2·(longest common subsequence)/(words of both); 0 if equal."""
     one, other = _flat(before).split(), _flat(after).split()
     if not one and not other:
         return 0.0

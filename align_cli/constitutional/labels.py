@@ -17,11 +17,11 @@ from align_cli.training.journal import Row, RowJournal, Unit
 
 PAIR, REASONING = 4, 5
 REASONED = [0.4, 0.6]
-"""Bounds after a chain of thought (§4.1)."""
+"""Bounds of the label's probability after a chain of thought (§4.1)."""
 
 
 def pairs(job: Job[CaiRecipe], journal: RowJournal, models: Models, prompts: list[Row]) -> None:
-    """pairs.jsonl: two answers to every prompt."""
+    """Write pairs.jsonl: two answers to every prompt."""
     if journal.read("pairs") is not None:
         return
     recipe = job.recipe
@@ -48,7 +48,7 @@ def _pair(row: Row, answers: list[str]) -> Row:
 def preferences(
     job: Job[CaiRecipe], journal: RowJournal, models: Models, constitution: Constitution
 ) -> tuple[list[Row], list[Row]]:
-    """preferences.jsonl, which `align rm` and `align dpo` read as it stands, and left_out.jsonl. Returns both."""
+    """Write preferences.jsonl, which `align rm` and `align dpo` read, and left_out.jsonl. Returns the rows of both."""
     if (labels := journal.read("preferences")) is None:
         every = journal.read("pairs") or []
         judged = _judged(job.recipe, journal, models, constitution, every) if job.recipe.method.judge else {}
@@ -62,7 +62,7 @@ def preferences(
 def _judged(
     recipe: CaiRecipe, journal: RowJournal, models: Models, constitution: Constitution, every: list[Row]
 ) -> dict[int, Row]:
-    """For each pair that can be compared: the principle, and log p(A), log p(B) and p(A) with either answer as (A)."""
+    """For each comparable pair, by row: the principle, and log p(A), log p(B) and p(A) in both answer orders."""
     if (judged := journal.read(".judged")) is not None:
         return {row["pair"]: row for row in judged}
     judge = models.judge
@@ -107,11 +107,11 @@ def _order(choice: LogProbs | None, reason: str | None) -> Row:
 
 
 def _labelled(row: Row, judged: Row | None, recipe: CaiRecipe) -> Row:
-    """A row of preferences.jsonl, or, with the reason under `why`, of left_out.jsonl."""
+    """A row of preferences.jsonl, or of left_out.jsonl with the reason under `why`."""
     method, head = recipe.method, {key: row[key] for key in ("row", "kind", "prompt")}
     if why := no_pair(row["answers"]):
         return head | {"why": why, "answers": row["answers"]}
-    if judged is None:  # the revision is the better one
+    if judged is None:  # without a judge, the revision is the better answer
         return head | {"chosen": row["answers"][1], "rejected": row["answers"][0], "probability": 1.0}
     record = {"principle": judged["principle"], "orders": judged["orders"]}
     if not all("p" in order for order in judged["orders"]):

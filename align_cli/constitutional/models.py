@@ -1,4 +1,4 @@
-"""The models of `align cai`: writer, policy and judge, one in memory at a time."""
+"""The models of `align cai`: writer, policy and judge. Only one is in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from align_cli.training.placement import release
 
 
 class Models:
-    """The writer, the policy that answers the pairs, and the judge, each loaded when it is first used."""
+    """The writer, the policy that answers the pairs, and the judge. Each is loaded on first use."""
 
     def __init__(self, job: Job[CaiRecipe], journal: RowJournal):
         self.job, self.journal = job, journal
@@ -29,17 +29,17 @@ class Models:
 
     @property
     def writer(self) -> Generator:
-        """Gives first answers, critiques and revisions."""
+        """Writes first answers, critiques and revisions."""
         return self._generator("writer", self.job.recipe.writer, lambda: self._start)
 
     @property
     def policy(self) -> Generator:
-        """Gives the two answers of a pair: the trained model, or the starting one where nothing is trained."""
+        """Samples the two answers of a pair: the trained model, or the initial model without a train phase."""
         return self._trained if "train" in self.job.recipe.method.phases else self._start
 
     @property
     def judge(self) -> Generator:
-        """Chooses between them."""
+        """Compares the two answers of a pair."""
         return self._generator("feedback", self.job.recipe.feedback, lambda: self.policy)
 
     @property
@@ -49,7 +49,7 @@ class Models:
     @property
     def _trained(self) -> Generator:
         path = str(self.job.run.path)
-        # the tokenizer that was saved there has its template
+        # the saved tokenizer already has the chat template
         model = replace(self.job.recipe.model, path=path, chat_template=None)
         return self._once("trained", lambda spend: self._local(model, path, spend))
 
@@ -79,7 +79,7 @@ class Models:
         release()
 
     def usage(self) -> dict[str, Any]:
-        """What each model used in this run, from its beginning, and what it cost at the recipe's price."""
+        """Usage of each model over all attempts of this run, and its cost at the recipe's price."""
         totals: dict[str, Any] = self.journal.spent()
         for key, source in self.job.recipe.generators():
             if key not in totals:

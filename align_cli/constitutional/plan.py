@@ -1,5 +1,5 @@
-"""What `align cai` names beside model and data (its constitution, rows of an earlier run), looked at before anything
-starts, and how many steps it will train. Imports no torch.
+"""Checks of `align cai` before it starts (its constitution and rows of an earlier run), and its number of training
+steps. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ COLUMNS = {
     "revisions": ("row", "kind", "prompt", "answer", "chain", "revision"),
     "pairs": ("row", "kind", "prompt", "answers"),
 }
-"""What a row of each file must hold."""
+"""Required keys of the rows of each file."""
 
 
 def constitution_problems(method: CaiMethod) -> tuple[list[str], list[Count]]:
-    """A line for everything wrong with the constitution; or its count, so that a changed one makes a run stale."""
+    """Problems of the constitution, or its count if there are none. The count makes a run stale if it changes."""
     kinds = ["red-team", *(["harmless"] if method.harmless else [])]
     if lines := constitution.problems(method.constitution, kinds):
         return lines, []
@@ -32,7 +32,7 @@ def constitution_problems(method: CaiMethod) -> tuple[list[str], list[Count]]:
 
 
 def row_problems(method: CaiMethod) -> list[str]:
-    """Why the files of `method.rows` cannot stand for the phases that are left out."""
+    """Reasons why the files of `method.rows` cannot replace the skipped phases."""
     if method.rows is None:
         return []
     phases = {NEEDS_PHASE[phase] for phase in method.phases if phase in NEEDS_PHASE} - set(method.phases)
@@ -63,7 +63,7 @@ def _file_problems(folder: Path, phase: str) -> Iterator[str]:
 
 
 def steps(recipe: CaiRecipe, counts: list[Count], batch: int) -> int | None:
-    """Optimizer steps if every revision can be used; None where nothing is trained or a count is not known.
+    """Number of optimizer steps if every revision can be used; None without training or if a count is unknown.
 
     `counts` are those of data.train, method.harmless and method.helpful, then the constitution's.
     """

@@ -1,7 +1,6 @@
 """The supervised half of Constitutional AI up to training: first answers, critiques, revisions (arXiv 2212.08073, §3).
 
-Each round starts from the prompt and the answer as it stands then, so that a conversation does not grow with the
-number of rounds.
+Each round starts from the prompt and the latest answer, so the conversation does not grow with the number of rounds.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from align_cli.training.job import Job
 from align_cli.training.journal import Row, RowJournal, Unit
 
 ANSWER, CRITIQUE, REVISION = 1, 2, 3
-"""Streams of seeds; those of `labels` follow."""
+"""Numbers that separate the seeds of each purpose; `labels` continues them."""
 
 
 def prompts(job: Job[CaiRecipe]) -> tuple[list[Row], list[Count]]:
-    """`row`, `kind` and `prompt` of every prompt, red-team ones first, and the row counts, which are printed too."""
+    """Rows with `row`, `kind` and `prompt`, red-team prompts first, and the row counts, which are also printed."""
     data, method = job.recipe.data, job.recipe.method
     tokenizer = load.tokenizer(job.recipe.model, job.base)
     rows: list[Row] = []
@@ -43,7 +42,7 @@ def prompts(job: Job[CaiRecipe]) -> tuple[list[Row], list[Count]]:
 
 
 def answers(job: Job[CaiRecipe], journal: RowJournal, models: Models, prompts: list[Row]) -> None:
-    """answers.jsonl: the writer's first answer to every prompt."""
+    """Write answers.jsonl: the writer's first answer to every prompt."""
     if journal.read("answers") is not None:
         return
     writer, seed = models.writer, job.recipe.seed
@@ -61,7 +60,7 @@ def answers(job: Job[CaiRecipe], journal: RowJournal, models: Models, prompts: l
 
 
 def revisions(job: Job[CaiRecipe], journal: RowJournal, models: Models, constitution: Constitution) -> None:
-    """revisions.jsonl: for every prompt the chain of principle, critique and revision, and the last revision."""
+    """Write revisions.jsonl: for every prompt, the chain of principles, critiques and revisions, and the result."""
     if journal.read("revisions") is not None:
         return
     recipe = job.recipe
@@ -81,18 +80,18 @@ def revisions(job: Job[CaiRecipe], journal: RowJournal, models: Models, constitu
 
 
 def principle(seed: int, constitution: Constitution, row: Row, number: int) -> Principle:
-    """The principle of a prompt's round: drawn with replacement, by prompt, whatever the rank or the batch."""
+    """The principle for a prompt in a round: sampled with replacement, seeded by prompt and round only."""
     return random.Random(f"{seed} principle {row['row']} {number}").choice(constitution.drawn_for(row["kind"]))
 
 
 def latest(row: Row, first: str | None = None) -> str:
-    """The answer as the rounds so far left it; `first` in place of the first answer where none revised it."""
+    """The last usable revision; without one, `first`, which defaults to the first answer."""
     texts = [step["revision"] for step in row["chain"] if critiques.usable(step["revision_flag"])]
     return texts[-1] if texts else row["answer"] if first is None else first
 
 
 class _Round:
-    """One critique and one revision of every answer; rows are `row`, `text` and `flag`."""
+    """One round: a critique and a revision of every answer, as rows with `row`, `text` and `flag`."""
 
     def __init__(
         self,
@@ -142,7 +141,7 @@ class _Round:
         return self._written(name, conversations, REVISION, self.recipe.generation.max_new_tokens, parsed)
 
     def _shown(self, last: list[str]) -> list[list[str]]:
-        """What a weak model repeats in place of a reply: the texts of the examples, and the last one before it."""
+        """Texts that a weak model may copy instead of replying: those of the examples, and the preceding text."""
         return [
             [text for one in few for text in (one.answer, one.critique, one.revision)] + [text_before]
             for few, text_before in zip(self.examples, last, strict=True)

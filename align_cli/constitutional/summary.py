@@ -1,6 +1,6 @@
-"""What the rows of `align cai` came to: counts of what a small model gets wrong, and a warning where it is common.
+"""Summary of an `align cai` run: counts of typical failures of small models, and warnings if they are common.
 
-Chains are rows of revisions.jsonl, labels rows of preferences.jsonl and left_out.jsonl.
+Chains are rows of revisions.jsonl; labels are rows of preferences.jsonl and left_out.jsonl.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Row = dict[str, Any]
 
 
 def of_chains(chains: Sequence[Row], refuses: Callable[[str], bool]) -> dict[str, Any]:
-    """Counts of answers, critiques and revisions by what is wrong with them, refusals before and after, and, for each
-    principle, how often it was drawn and which share of the answer's words its revisions changed."""
+    """Counts of answers, critiques and revisions by flag, refusals before and after revision, and for each principle
+    how often it was drawn and the mean share of words that its revisions changed."""
     steps = [step for row in chains for step in row["chain"]]
     counts: dict[str, Any] = {
         "answers": {"rows": len(chains), "empty": sum(not row["answer"] for row in chains)},
@@ -69,15 +69,15 @@ def of_labels(labels: Sequence[Row], left_out: Sequence[Row]) -> dict[str, Any]:
 WEAK_REPLIES = {
     "empty": "are empty",
     "unparsable": "are unparsable",
-    "copied": "repeat what was shown before them",
-    "unchanged": "are the answer before once more",
+    "copied": "repeat a text shown to the model",
+    "unchanged": "repeat the previous answer",
     "too_long": "did not fit into the model's context",
 }
-"""Flag of a critique or a revision -> what a warning says of it."""
+"""Flag of a critique or a revision -> its text in a warning."""
 
 
 def warnings(counts: dict[str, Any], above: float) -> list[str]:
-    """A line for every kind of weak row that is more common than `above`."""
+    """A line for every kind of weak row whose share exceeds `above`."""
     lines = []
 
     def warn(rows: str, total: int, count: int, remedy: str) -> None:
@@ -88,14 +88,14 @@ def warnings(counts: dict[str, Any], above: float) -> list[str]:
         replies = counts.get(part, {})
         for flag, what in WEAK_REPLIES.items():
             shorter = "lower generation.max_new_tokens or method.examples"
-            remedy = shorter if flag == "too_long" else "a larger writer would do better"
+            remedy = shorter if flag == "too_long" else "use a larger writer"
             warn(f"{part} {what}", replies.get("rows", 0), replies.get(flag, 0), remedy)
     harmless = counts.get("harmless", {})
     warn(
         "revisions of harmless prompts are refusals",
         harmless.get("rows", 0),
         harmless.get("revisions_refused", 0),
-        "the model will learn to refuse too much",
+        "the model will learn to over-refuse",
     )
     labels = counts.get("labels", {})
     left_out = sum(labels.get("left_out", {}).values())
@@ -103,7 +103,7 @@ def warnings(counts: dict[str, Any], above: float) -> list[str]:
     warn("pairs are left out of preferences.jsonl", pairs, left_out, "see left_out.jsonl")
     if labels.get("orders_disagree", 0) > above:
         lines.append(
-            f"the judge prefers another answer when the two change places in {labels['orders_disagree']:.0%} of the "
-            f"pairs, (A) by {labels['position_bias']:+.2f} on average; the averaged labels say little where it does"
+            f"the judge changes its preference when the answers are swapped in {labels['orders_disagree']:.0%} of the "
+            f"pairs, bias to (A) {labels['position_bias']:+.2f} on average; averaged labels of these pairs are weak"
         )
     return lines

@@ -1,4 +1,4 @@
-"""The beginning of an `align cai` run, and SL-CAI: supervised training on the revisions (arXiv 2212.08073, §3)."""
+"""Start of an `align cai` run, and SL-CAI: supervised training on the revisions (arXiv 2212.08073, §3)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from align_cli.training.journal import Row, RowJournal
 
 
 def begin(job: Job[CaiRecipe], journal: RowJournal, constitution: Constitution) -> None:
-    """Copy the constitution, and the rows of phases that are left out, into the run.
+    """Copy the constitution, and the given rows of skipped phases, into the run directory.
 
-    Raises DataError if prompts or principles have changed since the rows that are there were made.
+    Raises DataError if prompts or principles have changed since the existing rows were made.
     """
     recipe, file = job.recipe, job.run.path / ".began.json"
     sources = [*recipe.data.train, *(recipe.method.harmless or [])]
@@ -50,7 +50,7 @@ def begin(job: Job[CaiRecipe], journal: RowJournal, constitution: Constitution) 
 
 
 def on_revisions(job: Job[CaiRecipe], journal: RowJournal, chains: list[Row]) -> Outcome:
-    """Train on the revisions, mixed with helpful data. Done once, however often the run is resumed."""
+    """Train on the revisions, mixed with helpful data. A resumed run skips this once it is done."""
     method, mark = job.recipe.method, job.run.path / ".trained.json"
     done = distributed.broadcast(json.loads(mark.read_text()) if job.main and mark.is_file() else None)
     if done is not None:
@@ -71,7 +71,7 @@ def on_revisions(job: Job[CaiRecipe], journal: RowJournal, chains: list[Row]) ->
         job.say(f"{refused} revisions refuse a harmless prompt and are not trained on (method.drop_refusals)")
     if not rows:
         raise DataError(
-            f"{journal.file('revisions')}: no revision can be trained on; every one is empty or unparsable, so name a "
+            f"{journal.file('revisions')}: no revision can be trained on, since all are empty or unparsable; use a "
             "larger writer"
         )
     journal.write("demonstrations", rows)

@@ -1,10 +1,10 @@
-"""Iterative DPO: per round, K answers to fresh prompts from the current policy, scored, and the best against the worst
-trained with the round's start as reference.
+"""Iterative DPO: each round samples K answers to new prompts from the current policy, scores them, and trains on pairs
+of better and worse answers with the round's initial policy as reference.
 
     align dpo recipe=online-demo.yaml
 
-RLHF Workflow, arXiv 2405.07863, §3. Departs from it in that pairs are trained as they were sampled, token by token: an
-answer that was cut off gets no EOS, which as the worse one it would teach the policy to avoid.
+RLHF Workflow, arXiv 2405.07863, §3. One difference: pairs are trained on exactly the sampled tokens. A truncated answer
+gets no EOS, since as the worse answer it would teach the policy to avoid EOS.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from align_cli.training.placement import placing, reference, release
 
 
 def run(job: Job[DpoRecipe]) -> Outcome:
-    """All rounds. Returns the last one's metrics and the row counts."""
+    """Run all rounds. Returns the last one's metrics and the row counts."""
     return IterativeDpo(job).run()
 
 
 class IterativeDpo(Rounds[DpoRecipe]):
-    """Rounds of answering, scoring and training."""
+    """Rounds of sampling, scoring and training."""
 
     word = "round"
 
@@ -63,7 +63,7 @@ class IterativeDpo(Rounds[DpoRecipe]):
     # -- data
 
     def _prompts(self) -> list[list[Group]]:
-        """Each round's prompts, none of which is in two rounds."""
+        """Each round's prompts; no prompt occurs in two rounds."""
         recipe = self.job.recipe
         method, data = recipe.method, replace(recipe.data, eval=None)
         by_source = method.fresh == "sources"
@@ -86,13 +86,13 @@ class IterativeDpo(Rounds[DpoRecipe]):
             slices = [pools[0][number * size :][:size] for number in range(rounds)]
         if size == 0 or any(len(part) < size for part in slices):
             raise DataError(
-                f"data.train: holds {sum(map(len, pools))} different prompts, and {rounds} rounds want {size or 1} "
-                "fresh ones each; add prompts, or set method.prompts or method.rounds lower"
+                f"data.train: holds {sum(map(len, pools))} different prompts, but {rounds} rounds need {size or 1} "
+                "new ones each; add prompts, or lower method.prompts or method.rounds"
             )
         return slices
 
     def _held_out(self) -> list[dict[str, list[int]]]:
-        """Pairs of data.eval, which every round is watched on."""
+        """Pairs of data.eval, on which every round is evaluated."""
         data = self.job.recipe.data
         if data.eval is None:
             return []
@@ -116,7 +116,7 @@ class IterativeDpo(Rounds[DpoRecipe]):
         return dpo.arguments(part, **dpo.losses(part.recipe.method))
 
     def sample(self, part: Job[DpoRecipe], number: int) -> Sampled:
-        """K answers a prompt, scored and paired: responses.jsonl and pairs.jsonl."""
+        """Sample K answers per prompt, score and pair them: responses.jsonl and pairs.jsonl."""
         groups, method, journal = self.prompts[number - 1], part.recipe.method, RowJournal(part)
         answers = Answers(self, part, number)
         per_unit = max(part.recipe.generation.batch // method.k, 1)
@@ -151,8 +151,8 @@ class IterativeDpo(Rounds[DpoRecipe]):
         return Sampled(rows, figures, count, self.held_out, judge.usage(part))
 
     def _chosen(self, row: Row, number: int) -> tuple[list[tuple[int, int]], str]:
-        """(better, worse) answers of a prompt, and why there are none. An empty answer is in no pair, which other
-        stages would refuse."""
+        """(better, worse) answers of a prompt, and the reason if there are none. Empty answers are left out, since
+        other stages would reject such pairs."""
         method, draw = self.job.recipe.method, row_seed(self.job.recipe.seed, number, row["row"])
         full = [at for at, text in enumerate(row["responses"]) if text.strip()]
         ids, scores, ended = ([row[name][at] for at in full] for name in ("ids", "scores", "ended"))
@@ -165,7 +165,7 @@ class IterativeDpo(Rounds[DpoRecipe]):
         return [(full[w], full[l]) for w, l in chosen], why  # noqa: E741
 
     def before(self, number: int, figures: dict[str, float]) -> bool:
-        """The guards, on answers of the policy as the round found it."""
+        """Apply the guards to the answers of the round's initial policy."""
         figure = figures.get("gold_reward", figures["reward"])
         if number > 1 and figure > self.best[0]:
             self.best = (figure, self.folder(number - 1))
@@ -175,8 +175,8 @@ class IterativeDpo(Rounds[DpoRecipe]):
             return True
         if number == 1:
             raise AlignError(
-                f"guards: the policy that the rounds start from shows it already: {guards.finding}; move the "
-                "threshold, or start from another policy"
+                f"guards: the initial policy already fails one: {guards.finding}; change the threshold, or start "
+                "from another policy"
             )
         self.reason = {"stopped_by_guard": guards.reason}
         self.final = self.best[1] if guards.rollback else None
@@ -186,13 +186,13 @@ class IterativeDpo(Rounds[DpoRecipe]):
 
 
 class Answers:
-    """A round's answers with their scores. Models are loaded when the first row is made."""
+    """Samples and scores a round's answers. Models are loaded on first use."""
 
     def __init__(self, rounds: IterativeDpo, part: Job[DpoRecipe], number: int):
         self.rounds, self.part, self.number = rounds, part, number
         self.policy: FrozenPolicy | None = None
         self.first: Module | None = None
-        """The policy that the first round started from, where this one has another."""
+        """The initial policy of the first round; None in the first round itself."""
         self.rewards: list[Reward] = []
         self.gold: Reward | None = None
         self.engines: list[Module] = []
@@ -209,7 +209,7 @@ class Answers:
         self.rewards = build_all(part, placed)
         self.gold = build(part, part.recipe.gold, "gold", placed) if part.recipe.gold else None
         if self.number > 1:
-            # KL is to the policy that the first round started from
+            # the KL is to the initial policy of the first round
             start = replace(part, base=rounds.job.base, reference=None)
             temperature = part.recipe.generation.temperature
             self.first = reference(start, rounds.tokenizer, self.policy.trainer, temperature)
@@ -224,7 +224,7 @@ class Answers:
             release(self.engines.pop())
 
     def rows(self, unit: Unit) -> list[Row]:
-        """The rows of these prompts: K answers each, and what is known of every one."""
+        """The rows of these prompts: K answers each, with scores, KL and entropy."""
         part, policy, groups = self.part, self.policy or self._load(), self.rounds.prompts[self.number - 1]
         method, seed = part.recipe.method, part.recipe.seed
         k = method.k
@@ -266,7 +266,7 @@ class Answers:
 
 
 def _figures(rows: list[Row]) -> dict[str, float]:
-    """Of a round's answers, what PPO writes of a rollout."""
+    """Metrics of a round's answers, under the names that PPO logs for a rollout."""
 
     def flat(name: str) -> torch.Tensor:
         return torch.tensor([float(value) for row in rows for value in row[name]], dtype=torch.float64)

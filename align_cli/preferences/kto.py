@@ -20,7 +20,7 @@ from align_cli.model import log_probs
 
 
 class KtoTrainer(PreparedRows, KTOTrainer):
-    """TRL's KTOTrainer for `prompt_ids`, `completion_ids`, `label`. `block` is the number of rows per step over all ranks."""
+    """TRL's KTOTrainer for `prompt_ids`, `completion_ids`, `label`. `block` is the rows per step over all ranks."""
 
     def __init__(self, *args: Any, block: int, **kwargs: Any):
         self.block = block

@@ -1,11 +1,11 @@
-"""Preference losses as functions of response log-probabilities. Imports torch alone.
+"""Preference losses as functions of response log-probabilities. Imports torch only.
 
-One function covers ORPO, SimPO, CPO, DPO, its length-normalised form and any mixture of them: each is a term of
-(lp_w, lp_l), of the responses' lengths, and, where a method has one, of the reference's log-probabilities. SPIN is
-`dpo_loss` whose rejected response is the previous iterate's own.
+`preference_loss` covers ORPO, SimPO, CPO, DPO, length-normalised DPO and any mixture of them: each is a function of
+(lp_w, lp_l), the responses' lengths and, for some methods, the reference's log-probabilities. SPIN is `dpo_loss` with
+the previous iterate's reply as the rejected response.
 
-Shapes: b pairs. lp is a summed response log-probability, l̄p its mean a token; w chosen, l rejected. Everything is
-computed in float32, whatever the inputs' type: ORPO's odds have no bits left in bfloat16.
+Shapes: b pairs. lp is a summed response log-probability, l̄p its mean per token; w chosen, l rejected. Everything is
+computed in float32 for any input dtype: ORPO's odds lose all precision in bfloat16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CERTAIN = -1e-6
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - eˣ) for x < 0, exact at both ends (Mächler 2012): float32 or wider in, the same out."""
     x = x.clamp(max=CERTAIN)
-    # the branch that is not taken must not put NaN into the gradient of the one that is
+    # the branch that is not taken must not put NaN into the gradient
     near = x > -math.log(2)
     small, large = torch.where(near, x, -1.0), torch.where(near, -1.0, x)
     return torch.where(near, (-small.expm1()).log(), (-large.exp()).log1p())
@@ -56,8 +56,8 @@ def simpo_loss(
 
 
 def dpo_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """(b,) -log σ(β(chosen_ratio - rejected_ratio)), the ratios being lp - ref (DPO, arXiv 2305.18290, eq. 7; SPIN,
-    arXiv 2401.01335, eq. 4.7), their means a token (length-normalised DPO, arXiv 2411.15124), or lp alone (CPO,
+    """(b,) -log σ(β(chosen_ratio - rejected_ratio)), with ratios lp - ref (DPO, arXiv 2305.18290, eq. 7; SPIN,
+    arXiv 2401.01335, eq. 4.7), their means per token (length-normalised DPO, arXiv 2411.15124), or lp only (CPO,
     arXiv 2401.08417). With label smoothing ε it is conservative DPO."""
     return _smoothed(beta * (chosen_ratio.float() - rejected_ratio.float()), label_smoothing)
 
@@ -87,12 +87,12 @@ class Side:
     def ratio(self) -> Tensor:
         """(b,) log π/π_ref of the response."""
         if self.reference is None:
-            raise ValueError("this loss compares with a reference, whose log-probabilities were not computed")
+            raise ValueError("this loss compares with a reference, but its log-probabilities were not computed")
         return self.sums.float() - self.reference.float()
 
     @property
     def mean_ratio(self) -> Tensor:
-        """(b,) log π/π_ref a token."""
+        """(b,) log π/π_ref per token."""
         return self.ratio / self.lengths.clamp(min=1)
 
 
@@ -150,8 +150,8 @@ def needs_reference(terms: Sequence[Term]) -> bool:
 def preference_loss(terms: Sequence[Term], chosen: Side, rejected: Side) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(b,) losses of a mixture, (b,) its margin, and (b,) each term's loss before its weight.
 
-    The margin is what the mixture wants above 0: the weighted margins of its terms, or, where only NLL is left, the
-    difference of l̄p.
+    The margin, which the mixture pushes above 0, is the weighted sum of its terms' margins. If NLL is the only term,
+    it is the difference of l̄p.
     """
     total, margin, each = torch.zeros_like(chosen.mean), torch.zeros_like(chosen.mean), {}
     for term in terms:

@@ -1,4 +1,4 @@
-"""Iterative DPO and SPIN before they start: what their sources must hold, and a line a round for `align check`."""
+"""Checks of iterative DPO and SPIN before they start, and one line per round for `align check`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from align_cli.recipe.trl_config import fields
 
 
 def in_rounds(recipe: Recipe) -> bool:
-    """Whether a recipe is of iterative DPO."""
+    """Whether the recipe is for iterative DPO."""
     return isinstance(recipe, DpoRecipe) and recipe.method.rounds is not None
 
 
 def sources(recipe: Recipe, data: Data, tokenizer: SavedTokenizer | None) -> tuple[list[str], list[Count]]:
-    """Problems and counts of a recipe's sources; in rounds, data.train holds prompts and data.eval preferences.
+    """Problems and counts of a recipe's sources; for iterative DPO, data.train holds prompts and data.eval preferences.
 
-    With a `tokenizer`, which needs no more than a chat template, rows that the template refuses are among them.
+    With a `tokenizer` (only its chat template is needed), rows that the template rejects are included.
     """
     cells, rows = recipe.compared_columns(), recipe.row_kind()
     if not in_rounds(recipe):
@@ -35,7 +35,7 @@ def sources(recipe: Recipe, data: Data, tokenizer: SavedTokenizer | None) -> tup
 
 
 def problems(recipe: Recipe, counts: list[Count]) -> list[str]:
-    """A line where the sources are known to hold too few prompts."""
+    """An error line if the sources are known to hold too few prompts."""
     prompts = _prompts(recipe, counts)
     if prompts is None:
         return []
@@ -49,14 +49,14 @@ def problems(recipe: Recipe, counts: list[Count]) -> list[str]:
         if each < (wanted or 1):
             key, value = ("prompts", each) if wanted and each else ("rounds", sum(prompts))
             return [
-                f"data.train: {sum(prompts)} prompts are too few for {rounds} rounds of {wanted or 1} fresh ones; add "
+                f"data.train: {sum(prompts)} prompts are too few for {rounds} rounds of {wanted or 1} new prompts; add "
                 f"prompts or set method.{key}={value} or less"
             ]
     return []
 
 
 def plan(recipe: Recipe, counts: list[Count], batch: int) -> list[tuple[str, str]]:
-    """(heading, text) for every round of a loop; nothing for what runs once."""
+    """(heading, text) for every round of a loop; empty for other stages."""
     prompts = _prompts(recipe, counts)
     if isinstance(recipe, SpinRecipe):
         return _iterations(recipe, prompts, batch)
@@ -102,7 +102,7 @@ def _iterations(recipe: SpinRecipe, prompts: list[int] | None, batch: int) -> li
 
 
 def _prompts(recipe: Recipe, counts: list[Count]) -> list[int] | None:
-    """Prompts of each source of data.train, where all are known."""
+    """Number of prompts of each source of data.train; None unless all are known."""
     sources = recipe.data.train
     known = counts[: len(sources)] if all(map(is_local, sources)) else []
     if not known or any(count.partial for count in known):
@@ -115,7 +115,7 @@ def _start(recipe: Recipe, word: str, number: int, first: int) -> str:
 
 
 def _steps(recipe: Recipe, pairs: int | None, batch: int) -> str:
-    """At most so many steps: prompts whose answers score alike make no pair."""
+    """The maximum number of steps as text: prompts whose answers have equal scores give no pair."""
     if (limit := recipe.trainer.get("max_steps", -1)) > 0:
         return f" · {limit} steps"
     if not pairs:

@@ -1,8 +1,8 @@
-"""A loop of trainings, each a run directory of its own that starts from the one before: iterative DPO and SPIN.
+"""The loop of iterative DPO and SPIN: each round has its own run directory and starts from the previous round's model.
 
-A round answers its prompts, makes pairs, trains on them against its own start, and is finished when its manifest is
-there. A killed loop goes through the same rounds again: finished ones are skipped, answers that are there are kept,
-training resumes from its checkpoint. The last round's model also stands in the loop's own directory.
+A round answers its prompts, makes pairs, and trains on them with its initial policy as reference. It is finished once
+its manifest exists. A killed loop runs the same rounds again: finished rounds are skipped, existing answers are reused,
+and training resumes from its checkpoint. The last round's model is also placed in the loop's own directory.
 """
 
 from __future__ import annotations
@@ -34,43 +34,43 @@ from align_cli.training.samples import BEFORE
 from align_cli.training.stop import Stopped
 
 NOT_MODEL = {"recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "responses.jsonl", "pairs.jsonl"}
-"""Files of a round that are not its model."""
+"""Files of a round that do not belong to its model."""
 LoopRecipe = TypeVar("LoopRecipe", DpoRecipe, SpinRecipe)
 
 
 @dataclass
 class Sampled:
-    """What a round trains on."""
+    """Sampled training data of a round."""
 
     rows: list[dict[str, list[int]]]
     """`prompt_ids`, `chosen_ids`, `rejected_ids`."""
     figures: dict[str, float]
-    """Of the answers."""
+    """Metrics of the answers."""
     count: Count
-    """Of prompts that were answered and those that made no pair."""
+    """Counts of prompts answered and of prompts that gave no pair."""
     held_out: list[dict[str, list[int]]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     """Further entries of the round's manifest."""
 
 
 class Rounds(ABC, Generic[LoopRecipe]):
-    """The loop. A stage says what a round is called, what it is trained on and with which settings."""
+    """The loop over rounds. Subclasses define the name of a round, its training data and its settings."""
 
     word: str
-    """What a round is called: its directory is <word>-<number>."""
+    """Name of a round: its directory is <word>-<number>."""
     numbers: range
 
     def __init__(self, job: Job[LoopRecipe]):
         self.job, self.tokenizer = job, load.tokenizer(job.recipe.model, job.base)
         self.counts: list[Count] = []
         self.reason: dict[str, str] = {}
-        """Why the loop ended before its last round, as it goes into the manifest."""
+        """Why the loop ended before its last round, for the manifest; empty if it did not."""
         self.final: Path | None = None
-        """The round whose model is the loop's, where that is not the last one."""
+        """Directory of the round whose model becomes the loop's; None for the last round."""
 
     @abstractmethod
     def settings(self, number: int) -> LoopRecipe:
-        """The recipe with the settings that hold in this round."""
+        """The recipe with the settings of this round."""
 
     @abstractmethod
     def arguments(self, part: Job[LoopRecipe]) -> DPOConfig:
@@ -78,14 +78,14 @@ class Rounds(ABC, Generic[LoopRecipe]):
 
     @abstractmethod
     def sample(self, part: Job[LoopRecipe], number: int) -> Sampled | None:
-        """The round's answers as rows to train on; None where nothing is left to learn. Raises Stopped."""
+        """The round's answers as rows to train on; None if nothing is left to learn. Raises Stopped."""
 
     def before(self, number: int, figures: dict[str, float]) -> bool:
-        """Whether the round may train, by the figures of its answers."""
+        """Whether the round may train, given the metrics of its answers."""
         return True
 
     def after(self, number: int, made: dict[str, Any]) -> bool:
-        """Whether another round may follow, by the manifest of this one."""
+        """Whether another round may follow, given this round's manifest."""
         return True
 
     def folder(self, number: int) -> Path:
@@ -93,14 +93,14 @@ class Rounds(ABC, Generic[LoopRecipe]):
         return self.job.run.path / f"{self.word}-{number}"
 
     def run(self) -> Outcome:
-        """All rounds, and the last one's model in the loop's own directory."""
+        """Run all rounds and place the last one's model in the loop's own directory."""
         try:
             return self._finish(self._rounds())
         except Stopped as stopped:
             return Outcome({}, self.counts, stopped.number)
 
     def _rounds(self) -> list[tuple[int, dict[str, Any]]]:
-        """(number, manifest) of every round that is finished in the end."""
+        """Run the rounds. Returns (number, manifest) of every finished round."""
         job, start, done = self.job, self.job.recipe.model.path, []
         for number in self.numbers:
             run = RunDirectory(self.folder(number))
@@ -123,7 +123,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
         return done
 
     def _round(self, number: int, run: RunDirectory, start: str) -> dict[str, Any] | None:
-        """The manifest of a round that was run; None where it must not train."""
+        """Run one round. Returns its manifest; None if it must not train."""
         started, part = manifest.now(), self._part(number, run, start)
         self._write_recipe(part)
         sampled = self.sample(part, number)
@@ -168,7 +168,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
         if self.job.main:
             run.path.mkdir(parents=True, exist_ok=True)
             if kind.look(base).kind == "adapter":
-                # its reference is what the adapter stands for, not the adapter's base
+                # the reference is the merged model, not the adapter's base
                 base = str(run.path / "base")
                 if not Path(base).is_dir():
                     lora.merge(start, Path(base), trust_remote_code=recipe.model.trust_remote_code)
@@ -184,7 +184,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
     def _train(self, part: Job[LoopRecipe], number: int, sampled: Sampled) -> Outcome:
         before = self.folder(number - 1) / "samples.jsonl"
         if part.main and before.is_file() and not (part.run.path / BEFORE).is_file():
-            # the round before answered last with the model that this one starts from
+            # this round's initial model gave the previous round's answers "after" training
             answers = [json.loads(line)["after"] for line in before.read_text(encoding="utf-8").splitlines()]
             write_atomically(part.run.path / BEFORE, json.dumps(answers, ensure_ascii=False))
         args = self.arguments(part)
@@ -197,7 +197,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
         release(*engines)
         return outcome
 
-    # -- the loop's own directory
+    # -- the loop's run directory
 
     def _finish(self, done: list[tuple[int, dict[str, Any]]]) -> Outcome:
         job = self.job
@@ -213,7 +213,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
         return Outcome(metrics | {f"{self.word}s": len(done)}, self.counts, extra=extra, parents=parents)
 
     def _join_metrics(self, done: list[tuple[int, dict[str, Any]]]) -> None:
-        """All rounds' metrics in one file, steps counted through; each begins with the figures of its answers."""
+        """Write all rounds' metrics into one file, steps renumbered; each round starts with its answers' metrics."""
         lines, offset = [], 0
         for number, made in done:
             lines.append({"step": offset, self.word: number} | made["sampled"])
@@ -224,7 +224,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
         write_atomically(self.job.run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _join_samples(self, numbers: list[int], last: Path) -> None:
-        """What was said before the first round and after the last."""
+        """Write samples.jsonl with the answers from before the first round and after the last."""
         files = [self.folder(numbers[0]) / "samples.jsonl", last / "samples.jsonl"]
         if all(file.is_file() for file in files):
             first, final = (file.read_text(encoding="utf-8").splitlines() for file in files)
@@ -234,7 +234,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
 
 
 def _link(source: Path, target: Path) -> None:
-    """Put a round's model into the loop's directory without a second copy of it, where the disk can do that."""
+    """Hard-link a round's model into the loop's directory, or copy it if the file system cannot link."""
     for file in source.iterdir():
         if not file.is_file() or file.name.startswith(".") or file.name in NOT_MODEL:
             continue

@@ -1,5 +1,4 @@
-"""A run of `align orpo` or `align simpo`: one trainer over pairs, and a reference only for losses that compare with
-one."""
+"""A run of `align orpo` or `align simpo`: one trainer on pairs, and a reference only if a loss needs one."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def train(job: Job[PairRecipe]) -> Outcome:
     args = arguments(
         TrainingArguments,
         job,
-        # one batch of the data loader is all that this rank adds to a step; the trainer cuts it by tokens
+        # a data loader batch holds all of this rank's groups of one step; the trainer splits it by tokens
         per_device_train_batch_size=job.per_device * job.accumulation,
         gradient_accumulation_steps=1,
         remove_unused_columns=False,
@@ -43,12 +42,12 @@ def train(job: Job[PairRecipe]) -> Outcome:
 
     train, held_out, counts = datasets(job, "preferences", tokenized)
     policy = scoring(load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base))
-    # a pair's two log-probabilities must not differ by what was dropped; an adapter's own dropout stays as set
+    # dropout would add noise to the difference of a pair's log-probabilities; an adapter's own dropout is kept
     disable_dropout_in_model(policy)
     if recipe.lora:
         policy = get_peft_model(policy, peft_config(recipe.lora, load.new_tokens(tokenizer)))
         if args.gradient_checkpointing:
-            # checkpointed blocks whose inputs need no gradient would train nothing
+            # checkpointed blocks whose inputs do not require gradients would get no gradients
             policy.enable_input_require_grads()
     trainer = PreferenceTrainer(
         model=policy,

@@ -1,8 +1,8 @@
-"""SPIN: iterations of replying to the demonstrations' prompts and learning to tell the human replies from one's own.
+"""SPIN: in each iteration, the model replies to the demonstrations' prompts and is trained to prefer human replies.
 
-arXiv 2401.01335, eq. 4.7. Departs from the authors' code in two ways: human replies are cut where the model's are, at
-generation.max_new_tokens, and neither gets an EOS where it was cut, or length alone would tell them apart for ever; and
-the loop ends by itself when held-out replies can no longer be told apart.
+arXiv 2401.01335, eq. 4.7. Differs from the authors' code in two ways. Human replies are truncated like the model's, at
+generation.max_new_tokens, and truncated replies get no EOS; otherwise length alone would always distinguish them. And
+the loop ends when the model can no longer distinguish held-out human replies from its own.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from align_cli.training.journal import Row, RowJournal, Unit, read_rows
 from align_cli.training.placement import release
 
 HELD_OUT = 1 << 20
-"""Row numbers of held-out prompts start here, so that they are drawn by other seeds."""
+"""Offset of row numbers of held-out prompts, so that they use different seeds."""
 
 
 def run(job: Job[SpinRecipe]) -> Outcome:
-    """All iterations. Returns the last one's metrics and the row counts."""
+    """Run all iterations. Returns the last one's metrics and the row counts."""
     return Spin(job).run()
 
 
@@ -49,7 +49,7 @@ class Demonstration:
 
 
 class Spin(Rounds[SpinRecipe]):
-    """Iterations of replying and telling apart."""
+    """Iterations of sampling replies and training on pairs."""
 
     word = "iteration"
 
@@ -59,7 +59,7 @@ class Spin(Rounds[SpinRecipe]):
         self.numbers = range(recipe.method.iterations)
         read, tally = read_groups(recipe.data, "demonstrations", recipe.seed), chat.Tally()
         if read.leaked:
-            job.say(f"{read.leaked} prompts of data.eval are in data.train too: their replies are learnt by heart")
+            job.say(f"{read.leaked} prompts of data.eval are in data.train too: their held-out replies are trained on")
         train = sorted(read.train, key=lambda group: hashed(recipe.seed, "round", group.prompt))
         self.train = self._tokenized(train[: recipe.method.prompts or len(train)], tally)
         self.eval = self._tokenized(read.eval, chat.Tally())
@@ -69,12 +69,12 @@ class Spin(Rounds[SpinRecipe]):
         for key, made in (("train", self.train), *([("eval", self.eval)] if read.eval else [])):
             if not made:
                 raise DataError(
-                    f"data.{key}: no prompt of it leaves room for {recipe.generation.max_new_tokens} new tokens; raise "
-                    "data.max_length or set generation.max_new_tokens lower"
+                    f"data.{key}: no prompt leaves room for {recipe.generation.max_new_tokens} new tokens; raise "
+                    "data.max_length or lower generation.max_new_tokens"
                 )
 
     def _tokenized(self, groups: list[Group], tally: chat.Tally) -> list[Demonstration]:
-        """The first reply of each conversation, cut where the model's own would be."""
+        """The first reply of each conversation, truncated like the model's own."""
         demonstrations = []
         for group in leaving_room(self.job, self.tokenizer, groups, tally):
             try:
@@ -102,12 +102,12 @@ class Spin(Rounds[SpinRecipe]):
 
     def arguments(self, part: Job[SpinRecipe]) -> DPOConfig:
         """Training arguments of an iteration."""
-        # batches of one size, so that the mean of their accuracies is the accuracy
+        # all batches must have the same size, so that the mean of their accuracies is the overall accuracy
         even = next(n for n in range(part.per_device, 0, -1) if self.held_out % (n * part.ranks) == 0)
         return dpo.arguments(part, loss_type=["sigmoid"], beta=part.recipe.method.beta, per_device_eval_batch_size=even)
 
     def sample(self, part: Job[SpinRecipe], number: int) -> Sampled | None:
-        """The model's own reply to every prompt: pairs.jsonl and, of held-out prompts, held_out.jsonl."""
+        """Sample the model's reply to every prompt: pairs.jsonl and, for held-out prompts, held_out.jsonl."""
         journal, size = RowJournal(part), part.recipe.generation.batch
         replies = Replies(self, part, number)
         with journal.listening():
@@ -141,10 +141,10 @@ class Spin(Rounds[SpinRecipe]):
         held_out = held_out[: len(held_out) // part.ranks * part.ranks]
         self.held_out = len(held_out)
         if not rows and not number:
-            raise DataError(f"{file}: the model repeats every human reply; there is nothing to learn")
+            raise DataError(f"{file}: the model reproduces every human reply; there is nothing to learn")
         if not rows:
-            self.reason = {"stopped_when_alike": f"iteration {number}: the model repeats every human reply"}
-            part.say(f"iteration {number}: the model repeats every human reply, and SPIN ends here")
+            self.reason = {"stopped_when_alike": f"iteration {number}: the model reproduces every human reply"}
+            part.say(f"iteration {number}: the model reproduces every human reply; SPIN ends here")
             return None
         lengths = [len(row["rejected_ids"]) for row in own]
         figures = {
@@ -163,7 +163,7 @@ class Spin(Rounds[SpinRecipe]):
     def _rows(
         self, demonstrations: list[Demonstration], replies: list[Row], count: Count
     ) -> list[dict[str, list[int]]]:
-        """Pairs of the human reply and the model's own, where they differ."""
+        """Pairs of human reply and model reply that differ."""
         rows = []
         for one, row in zip(demonstrations, replies, strict=True):
             if row["rejected_ids"] == one.human:
@@ -173,28 +173,28 @@ class Spin(Rounds[SpinRecipe]):
         return rows
 
     def after(self, number: int, made: dict[str, Any]) -> bool:
-        """Whether the trained model still tells held-out human replies from those of the iteration's start."""
+        """Whether the trained model still tells held-out human replies from those of the iteration's initial model."""
         if not self.job.recipe.method.stop_when_alike or not made["sampled"]["held_out"]:
             return True
         accuracy, error = made["metrics"]["eval_rewards/accuracies"], 0.5 / math.sqrt(made["sampled"]["held_out"])
-        figure = f"accuracy {accuracy:.3f} in telling held-out human replies from its own, chance 0.5 ± {error:.3f}"
+        figure = f"accuracy {accuracy:.3f} on held-out pairs of human and own reply, chance is 0.5 ± {error:.3f}"
         if accuracy > 0.5 + error:
             self.job.say(f"iteration {number}: {figure}")
             return True
         self.reason = {"stopped_when_alike": f"iteration {number}: {figure}"}
-        self.job.say(f"iteration {number}: {figure}: they can no longer be told apart, and SPIN ends here")
+        self.job.say(f"iteration {number}: {figure}; they can no longer be told apart, so SPIN ends here")
         return False
 
 
 class Replies:
-    """The model's own replies. It is loaded when the first row is made."""
+    """Samples the model's replies. The model is loaded on first use."""
 
     def __init__(self, rounds: Spin, part: Job[SpinRecipe], number: int):
         self.rounds, self.part, self.number = rounds, part, number
         self.policy: FrozenPolicy | None = None
 
     def maker(self, demonstrations: list[Demonstration], first: int) -> Callable[[Unit], list[Row]]:
-        """A function from indices into the demonstrations to their rows; `first` begins their seeds."""
+        """A function from indices of demonstrations to their rows; `first` is the offset of their seeds."""
 
         def make(unit: Unit) -> list[Row]:
             if self.policy is None:

@@ -1,8 +1,8 @@
-"""Training on pairs with any mixture of preference losses: one forward pass a pair, and a reference only where one is
-compared with.
+"""Trains on pairs with any mixture of preference losses: one forward pass per pair, and a reference only for losses
+that need one.
 
-Departs from TRL's DPO, CPO and ORPO trainers: the prompt goes through the model once for both responses where masks
-allow it, a step is cut by tokens, and logits are computed for response tokens alone.
+Differs from TRL's DPO, CPO and ORPO trainers: the prompt is computed once for both responses if the model supports 4-D
+masks, a step is split by tokens, and logits are computed for response tokens only.
 
 Shapes: b pairs, m response tokens of a micro-batch. The first of two responses is the chosen one.
 """
@@ -24,16 +24,15 @@ from align_cli.training.steps import StepTrainer
 def pair_row(row: dict[str, list[int]]) -> Row:
     """A group for the layouts from `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
-    The prompt's last token goes with each response, since what it predicts is that response's first token.
+    The prompt's last token is added to each response, since it predicts that response's first token.
     """
     shared, last = row["prompt_ids"][:-1], row["prompt_ids"][-1:]
     return {"prompt_ids": shared, "responses": [last + row["chosen_ids"], last + row["rejected_ids"]]}
 
 
 class PreferenceTrainer(StepTrainer):
-    """Trains a model that gives log-probabilities (`model.log_probs.scoring`) on pairs. `reference` is a prepared
-    frozen model of the same kind, set once the trainer is built; without one the policy with its adapters off is
-    taken."""
+    """Trains a model patched by `model.log_probs.scoring` on pairs. `reference`, set after the trainer is built, is a
+    prepared frozen model of the same kind; if None, the policy with its adapters disabled is the reference."""
 
     def __init__(self, *args: Any, terms: list[Term], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -70,14 +69,14 @@ class PreferenceTrainer(StepTrainer):
                 return self.log_probs(self.reference, packed, rows)
             policy = self.accelerator.unwrap_model(self.model)
             if not hasattr(policy, "disable_adapter"):
-                raise ValueError("a loss compares with a reference, and the trainer was given none")
+                raise ValueError("a loss compares with a reference, but the trainer has none")
             with policy.disable_adapter():
                 return self.log_probs(self.model, packed, rows)
 
     def sides(self, model: Any, rows: list[Row]) -> tuple[Side, Side, int]:
-        """The chosen and the rejected responses of these pairs, and the tokens that went through the model."""
+        """The chosen and the rejected responses of these pairs, and the number of tokens computed."""
         packed, lengths = self.packed(model, rows), self.lengths(rows)
-        # before the policy's own pass, whose checkpointed blocks must find their adapters on
+        # before the policy's own pass, whose checkpointed blocks are recomputed with the adapters enabled
         reference = self._reference_log_probs(packed, rows) if self.compares else None
         sums = self.log_probs(model, packed, rows)
         chosen, rejected = (
@@ -88,19 +87,19 @@ class PreferenceTrainer(StepTrainer):
     # -- training
 
     def losses(self, model: Any, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b,) losses of the mixture, and its figures."""
+        """(b,) losses of the mixture, and its metrics."""
         chosen, rejected, tokens = self.sides(model, rows)
         with torch.autocast(chosen.sums.device.type, enabled=False):
             total, margin, each = preference_loss(self.terms, chosen, rejected)
         return total, figures(chosen, rejected, margin, each) | {"tokens": torch.tensor(float(tokens))}
 
     def note(self, figures: dict[str, Tensor], rows: list[Row]) -> None:
-        """Adds up the figures of a micro-batch."""
+        """Accumulate the metrics of a micro-batch."""
         self._sums.update({name: float(values.detach().sum()) for name, values in figures.items()})
         self._sums["pairs"] += len(rows)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the figures of the training pairs since the last log."""
+        """Add the metrics of the training pairs since the last log."""
         if "loss" in logs and "train_runtime" not in logs and self._sums:
             names = sorted(self._sums)
             sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64)
@@ -114,8 +113,8 @@ class PreferenceTrainer(StepTrainer):
     # -- held-out pairs
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Loss, accuracy by the method's own margin and log-probabilities of held-out pairs, beside how often
-        the longer response is the chosen one."""
+        """Loss, accuracy by the method's own margin and log-probabilities of held-out pairs, and how often the longer
+        response is the chosen one."""
         rows = list(eval_dataset if eval_dataset is not None else self.eval_dataset)
 
         def measure(model: Any, picked: list[Row]) -> list[dict[str, float]]:
@@ -132,7 +131,7 @@ class PreferenceTrainer(StepTrainer):
 
 
 def figures(chosen: Side, rejected: Side, margin: Tensor, each: dict[str, Tensor]) -> dict[str, Tensor]:
-    """(b,) what is logged of every pair, by name: `logps/…` are means a token."""
+    """(b,) metrics of every pair, by name; `logps/…` are means per token."""
     columns = {
         "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
         "rewards/margins": margin,

@@ -1,11 +1,11 @@
-"""One frozen backbone that plays policy, reference, value function and reward model through adapters.
+"""One frozen backbone that serves as policy, reference, value function and reward model through adapters.
 
-The reference is the backbone with its adapters off, so the SFT weights must be in it (an adapter parent is merged
-first); the reward model must be an adapter that was trained on the very same weights.
+The reference is the backbone with its adapters disabled, so the backbone must contain the SFT weights (an adapter
+parent is merged first). The reward model must be an adapter trained on the same weights.
 
-Two traps of PEFT, both silent. Switching adapters takes the gradient away from those that are switched off, so a loss
-over two of them trains one: `role` gives it back. And a checkpointed block is computed again under whatever adapter is
-on by then, so each loss must run backward before the next switch: `methods/ppo.py` does.
+PEFT has two silent traps. Switching adapters disables gradients of the inactive ones, so a loss over two adapters would
+train only one: `role` enables them again. And a checkpointed block is recomputed with the adapter that is active in the
+backward pass, so each loss must run backward before the next switch: `rl/ppo.py` does so.
 
 Shapes: b rows, t tokens, d hidden size, h heads.
 """
@@ -32,23 +32,23 @@ HEAD_KEY = f"base_model.model.{HEAD}.weight"
 
 
 class SharedBackbone:
-    """A PeftModel with an adapter and, but for the policy, a scalar head for each role."""
+    """A PeftModel with one adapter per role, and a scalar head for each role except the policy."""
 
     def __init__(self, base: PreTrainedModel, policy: LoraConfig, *, reward: str | None, value: str | None):
-        """`reward` and `value` are adapters of reward models; None for no reward model, and for a value function that
-        starts as the policy does, with a head of zeros."""
+        """`reward` and `value` are adapters of reward models. Without `reward` there is no reward model; without
+        `value` the value function starts from the policy, with a zero head."""
         self.model: PeftModel = get_peft_model(base, policy)
         self.value_run = value
         self.model.add_module(f"{VALUE}_head", self._add(VALUE, value) if value else self._fresh(VALUE, policy))
         if reward:
             head = self._add(REWARD, reward)
-            # the trainer must not make this one a parameter of its optimizer
+            # the trainer must not add this head to its optimizer
             self.model.add_module(f"{REWARD}_head", head.requires_grad_(False))
         self.as_policy()
 
     def as_policy(self) -> None:
-        """The policy's adapter on, policy and value function trainable: how it must be before an optimizer is built and
-        after adapters were loaded, which leaves gradients to the active one only."""
+        """Activate the policy's adapter and make policy and value function trainable. Must be called before an
+        optimizer is built and after adapters are loaded, since loading enables gradients of the active one only."""
         adapters = {
             role: [p for name, p in self.model.named_parameters() if f".{role}." in name]
             for role in (POLICY, VALUE, REWARD)
@@ -63,7 +63,7 @@ class SharedBackbone:
             raise UpstreamError(f"{run}: its adapter holds no head; it was not trained by `align rm`")
         saved = weights.pop(HEAD_KEY).float()
         config = LoraConfig.from_pretrained(run)
-        # a classifier's adapter on a language model: the same layers, without the head
+        # load a classifier's adapter into a language model: the same layers, without the head
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
         self.model.add_adapter(role, config)
         set_peft_model_state_dict(self.model, weights, adapter_name=role)
@@ -72,7 +72,7 @@ class SharedBackbone:
         return head
 
     def _fresh(self, role: str, config: LoraConfig) -> nn.Linear:
-        """An adapter like the policy's under the role's name; returns a head of zeros."""
+        """Add an adapter like the policy's under the role's name; returns a zero head."""
         self.model.add_adapter(role, config)
         head = nn.Linear(self.model.get_input_embeddings().weight.shape[1], 1, bias=False)
         nn.init.zeros_(head.weight)
@@ -87,7 +87,7 @@ class SharedBackbone:
 
     @contextlib.contextmanager
     def role(self, role: str) -> Iterator[None]:
-        """The backbone as the value function or the reward model; the policy again afterwards."""
+        """A context in which the value or the reward adapter is active; the policy's is active again afterwards."""
         self._switch(role)
         try:
             yield
@@ -95,7 +95,7 @@ class SharedBackbone:
             self._switch(POLICY)
 
     def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(b, t, h) what the role's head says at every token. To be called within `role`."""
+        """(b, t, h) outputs of the role's head at every token. Must be called within `role`."""
         causal = self.model.base_model.model
         trunk = getattr(causal, causal.base_model_prefix)
         hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
@@ -104,13 +104,13 @@ class SharedBackbone:
             return head(hidden.to(head.weight.dtype)).float()
 
     def policy_only(self) -> None:
-        """Let go of the other roles, so that what is saved is the policy."""
+        """Delete the other roles' adapters, so that only the policy is saved."""
         for role in {VALUE, REWARD} & set(self.model.peft_config):
             self.model.delete_adapter(role)
         self.as_policy()
 
     def save_value(self, folder: Path, base: str) -> None:
-        """The value function as a reward model's adapter: `AutoModelForSequenceClassification` reads it."""
+        """Save the value function in the format of a reward model's adapter (`AutoModelForSequenceClassification`)."""
         weights = get_peft_model_state_dict(self.model, adapter_name=VALUE)
         weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
         weights[HEAD_KEY] = self.model.get_submodule(f"{VALUE}_head").weight.detach().cpu().contiguous()

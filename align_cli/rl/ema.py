@@ -1,7 +1,7 @@
-"""An exponential moving average of the policy's weights, which is what a run leaves in their place.
+"""An exponential moving average of the policy's weights, which a run saves instead of the final weights.
 
-InstructGPT keeps one with a decay of 0.992 an update (arXiv 2203.02155, appendix C.4). Under ZeRO-3 each rank averages
-its own part of every weight.
+InstructGPT uses a decay of 0.992 per update (arXiv 2203.02155, appendix C.4). Under ZeRO-3 each rank averages its own
+shard of every weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 
 class WeightAverage(TrainerCallback):
-    """Follows the trainer's `policy_parameters()`, from one update to the next and from checkpoint to checkpoint."""
+    """Averages the trainer's `policy_parameters()` after every update, and saves the average in checkpoints."""
 
     def __init__(self, decay: float, trainer: Any):
         self.decay, self.trainer = decay, trainer
@@ -39,14 +39,14 @@ class WeightAverage(TrainerCallback):
         if sharded or state.is_world_process_zero:
             save_file(self.averages, self._file(args, state, parameters))
         if sharded:
-            # rank 0 marks the checkpoint as whole next
+            # rank 0 marks the checkpoint as complete next
             torch.distributed.barrier()
 
     def put_in_place(self) -> None:
-        """Give the policy its average."""
+        """Replace the policy's weights by their average."""
         for name, parameter in self.trainer.policy_parameters().items():
             if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
-                # small weights are kept whole on every rank, and would be saved as they were
+                # ZeRO keeps small weights unsharded on every rank; partition them, or the old values would be saved
                 parameter.partition(param_list=[parameter], has_been_updated=False)
             _part(parameter).copy_(self.averages[name])
 
@@ -56,7 +56,7 @@ class WeightAverage(TrainerCallback):
 
 
 def _part(parameter: Any) -> Tensor:
-    """What this rank holds of a parameter: under ZeRO-3 its shard."""
+    """This rank's part of a parameter: its shard under ZeRO-3, else all of it."""
     return (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach()
 
 

@@ -11,10 +11,10 @@ from align_cli.rl.rollouts import GroupRollouts
 
 
 class GrpoTrainer(GroupRollouts, GRPOTrainer):
-    """GRPOTrainer over K samples a prompt, which lie side by side."""
+    """GRPOTrainer on K adjacent samples per prompt."""
 
     def policy_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's loss, with our figures of the KL."""
+        """TRL's loss; also records our KL metrics."""
         loss = super().policy_loss(model, inputs)
         self.note_kl()
         return loss

@@ -1,8 +1,8 @@
-"""Guards: watchers of a run's figures, and what they do about a sign of collapse or over-optimisation.
+"""Guards: watch a run's metrics and act on signs of collapse or over-optimisation.
 
-`Guards` is the mechanism, which the rounds of DPO use, too; `GuardCallback` calls it after every rollout, on all ranks.
-Signs of collapse and over-optimisation: arXiv 2210.10760; trl#41, #204, #2387. To add a guard, name its figure in
-`recipe.rewards.Guard.metric` and note it in `rollouts.Rollouts._watch`.
+`Guards` implements the checks and is also used by the rounds of DPO; `GuardCallback` calls it after every rollout, on
+all ranks. Signs of collapse and over-optimisation: arXiv 2210.10760; trl#41, #204, #2387. To add a guard, name its
+metric in `recipe.rewards.Guard.metric` and record it in `rollouts.Rollouts._watch`.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from align_cli.rl.rollouts import Rollouts
 
 STATE = "online.json"
-"""What a checkpoint remembers beside the trainer's own state: β, how often each guard has seen its sign, the bests."""
+"""File in a checkpoint with the guards' state: β, consecutive violations of each guard, best values."""
 STEP_UP = 1.5
-"""Factor by which raise_kl raises β at a time."""
+"""Factor by which raise_kl raises β per step."""
 
 
 class Guards:
-    """What each guard has seen, and what follows from it."""
+    """The state of all guards and their actions."""
 
     def __init__(self, guards: Sequence[Guard], say: Callable[[str], None]):
         self.guards, self.say = guards, say
         self.seen = [0] * len(guards)
         self.best: dict[str, float] = {}
         self.raised = 0
-        """By how many steps β is raised."""
+        """Number of steps by which β is currently raised."""
         self.finding = ""
         """Why a guard ends the run, or the empty string."""
         self.reason: str | None = None
-        """The same with the place, as the manifest says it."""
+        """The finding with its place, for the manifest; None while no guard ended the run."""
         self.rollback = False
-        """Whether the run ends with its best checkpoint."""
+        """Whether the run rolls back to its best checkpoint when it ends."""
 
     def sign(self, guard: Guard, figures: dict[str, float]) -> str:
-        """What a guard finds wrong with the figures, or the empty string."""
+        """What violates a guard in these metrics, or the empty string."""
         if guard.metric == "nan":
             broken = sorted(name for name, value in figures.items() if not math.isfinite(value))
             return f"{' and '.join(broken)} {'is' if len(broken) == 1 else 'are'} NaN or infinite" if broken else ""
@@ -63,7 +63,7 @@ class Guards:
         return ""
 
     def look(self, figures: dict[str, float]) -> list[tuple[Guard, str]]:
-        """The guards whose patience is exhausted, with what they saw; remembers the bests."""
+        """Guards whose patience is exhausted, with their findings. Also updates the best values."""
         for name in ("reward", *(guard.metric for guard in self.guards if guard.drop is not None)):
             if name in figures:
                 self.best[name] = max(self.best.get(name, -float("inf")), figures[name])
@@ -76,8 +76,8 @@ class Guards:
         return due
 
     def act(self, figures: dict[str, float], place: str, beta: float) -> float:
-        """β after what the guards do about these figures of a `place` ("step 12"). Warnings are printed; a guard that
-        ends the run sets `reason`, `finding` and `rollback`, and what ends is the caller's to do and to say."""
+        """Apply the guards to the metrics of a `place` ("step 12"). Returns the new β. Warnings are printed. A guard
+        that ends the run sets `reason`, `finding` and `rollback`; the caller must end the run and report it."""
         due = self.look(figures)
         if self.raised and not any(guard.act == "raise_kl" for guard, _ in due):
             beta, self.raised = beta / STEP_UP, self.raised - 1
@@ -94,7 +94,7 @@ class Guards:
 
 
 class GuardCallback(TrainerCallback):
-    """Calls the guards between rollouts, and keeps what they remember in checkpoints."""
+    """Calls the guards between rollouts and keeps their state in checkpoints."""
 
     def __init__(self, guards: Guards, trainer: Rollouts):
         self.guards, self.trainer = guards, trainer
@@ -116,7 +116,7 @@ class GuardCallback(TrainerCallback):
         figure = self.trainer.latest.get("gold_reward", self.trainer.latest.get("reward", 0.0))
         folder, guards = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.guards
         if figure > self.saved_best:
-            # the named one is spared when old checkpoints are removed
+            # the trainer keeps this checkpoint when it removes old ones
             self.saved_best, state.best_model_checkpoint = figure, str(folder)
         if state.is_world_process_zero:
             record = {"beta": self.trainer.kl_coefficient, "seen": guards.seen, "best": guards.best}
@@ -132,7 +132,7 @@ class GuardCallback(TrainerCallback):
             self.saved_best, state.best_model_checkpoint = record["saved_best"], record["best_checkpoint"]
 
     def roll_back(self) -> bool:
-        """Load the best checkpoint's weights, if a guard asks for it and there is one; whether it did."""
+        """Load the best checkpoint's weights if a guard asks for it and one exists. Returns whether it did."""
         best = self.trainer.state.best_model_checkpoint
         if self.guards.rollback and best and Path(best).is_dir():
             libraries.load_best_model(self.trainer)

@@ -1,4 +1,4 @@
-"""Losses of reinforcement learning that are not TRL's own. Imports torch alone."""
+"""Reinforcement learning losses that TRL lacks. Imports torch only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """½·max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²) a token (openai/baselines, ppo2)."""
+    """½·max((V - R)², (V_old + clip(V - V_old, ±ε) - R)²) per token (openai/baselines, ppo2)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2

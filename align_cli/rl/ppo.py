@@ -1,7 +1,7 @@
 """PPO on TRL's GRPOTrainer: a critic, token-level KL in the reward, GAE, clipped value loss, a KL controller.
 
 InstructGPT (arXiv 2203.02155, eq. 2) with the constants of "The N implementation details of RLHF with PPO". TRL removed
-its own PPO in 1.13; rollouts, ZeRO, resume and the clipped policy loss are GRPOTrainer's, whose loss takes advantages
+its own PPO in 1.13. Rollouts, ZeRO, resuming and the clipped policy loss are GRPOTrainer's; its loss accepts advantages
 of shape (b, t) from subclasses.
 
 Shapes: b samples, p prompt tokens, t response tokens, d hidden size.
@@ -31,12 +31,12 @@ from align_cli.rl.rollouts import Rollouts
 
 
 class PPOConfig(GRPOConfig):
-    """GRPOConfig that allows one sample a prompt: the value function is the baseline, not the other samples."""
+    """GRPOConfig that allows one sample per prompt, since the baseline is the value function, not other samples."""
 
     def __post_init__(self):
         wanted, local = self.num_generations, self.per_device_train_batch_size * (self.steps_per_generation or 1)
         if wanted == 1:
-            # passes the check, which wants two at least and a divisor of the rollout
+            # a value that passes TRL's check: at least two, and a divisor of the rollout
             self.num_generations = local if local > 1 else 2
         super().__post_init__()
         self.num_generations = wanted
@@ -56,22 +56,22 @@ class Settings:
 
 
 class Critic:
-    """A value model of its own, held as a part of the policy so that one optimizer, engine and checkpoint hold both."""
+    """A separate value model, added to the policy as a submodule to share its optimizer, engine and checkpoints."""
 
     PART = "value_model"
     separate = False
-    """Whether its loss must run backward by itself."""
+    """Whether the value loss needs a backward pass of its own."""
 
     def __init__(self, policy: Any, value_model: Any):
         policy.add_module(self.PART, value_model)
         self.value_model = value_model
 
     def active(self) -> Any:
-        """A context in which values can be asked for."""
+        """A context in which `values` may be called."""
         return contextlib.nullcontext()
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, t: int) -> Tensor:
-        """(b, t) V(s) before each of the last t tokens is chosen: read one token earlier."""
+        """(b, t) V(s) before each of the last t tokens is sampled, read at the preceding token."""
         trunk = getattr(self.value_model, self.value_model.base_model_prefix)
         hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         hidden = hidden[:, -t - 1 : -1]
@@ -89,16 +89,16 @@ class SharedCritic:
         self.backbone = backbone
 
     def active(self) -> Any:
-        """A context in which values can be asked for: the value adapter is on."""
+        """A context in which `values` may be called: the value adapter is active."""
         return self.backbone.role(VALUE)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, t: int) -> Tensor:
-        """(b, t) V(s) before each of the last t tokens is chosen."""
+        """(b, t) V(s) before each of the last t tokens is sampled."""
         return self.backbone.scores(VALUE, input_ids, attention_mask)[:, -t - 1 : -1].mean(2)
 
 
 class ValueHead(TrainerCallback):
-    """Keeps the value head in checkpoints, into which PEFT writes adapters only."""
+    """Saves the value head in checkpoints, since PEFT saves only the adapters."""
 
     FILE = "value_head.safetensors"
 
@@ -116,7 +116,7 @@ class ValueHead(TrainerCallback):
 
 
 class PPOTrainer(Rollouts, GRPOTrainer):
-    """GRPOTrainer whose advantages come from a value function. Call `prepare_ppo` once it is built."""
+    """GRPOTrainer whose advantages come from a value function. Call `prepare_ppo` after construction."""
 
     def prepare_ppo(
         self,
@@ -127,7 +127,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         settings: Settings,
         ptx: Iterator[dict[str, Tensor]] | None = None,
     ) -> None:
-        """`reference` is a prepared frozen model, or None for the policy with its adapter off."""
+        """`reference` is a prepared frozen model, or None for the policy with its adapter disabled."""
         self.critic, self.reference, self.controller, self.settings, self.ptx = (
             critic,
             reference,
@@ -146,7 +146,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         self.controller.beta = beta
 
     def rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A rollout with token-level advantages, returns, and values and log-probabilities as they were then."""
+        """A rollout with token-level advantages, returns, old values and old log-probabilities."""
         rollout = super().rollout(inputs)
         if not self.model.training:
             return rollout
@@ -172,7 +172,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
 
     @torch.no_grad()
     def _look_back(self, rollout: dict[str, Any], ids: Tensor, seen: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(b, t) log-probabilities under policy and reference, and values, as they were when the rollout was made."""
+        """(b, t) log-probabilities under policy and reference, and values, all at rollout time."""
         size = self.args.per_device_train_batch_size
         training = self.model.training
         self.model.eval()
@@ -196,7 +196,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         return self.token_log_probs(model, ids, seen, t, batch_size=size)
 
     def _figures(self, log_ratio: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
-        """KL and what the value function explains, over all ranks; lets the controller set β for the next rollout."""
+        """Record KL and explained variance over all ranks, and update β for the next rollout."""
         per_sequence = torch.stack([kl_estimate(log_ratio, how).mul(mask).sum(1) for how in ("k1", "k3")], 1)
         kl, kl_k3 = self.accelerator.gather(per_sequence).mean(0).tolist()
         sums = torch.stack([moments(returns - values * mask, mask), moments(returns, mask)])
@@ -216,14 +216,14 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         return {name: parameter for name, parameter in named.items() if not name.startswith(f"{Critic.PART}.")}
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Over policy and value function, also where a checkpoint's adapters were just loaded."""
+        """Create the optimizer for policy and value function, also after a checkpoint's adapters were loaded."""
         if self.critic.separate:
             self.critic.backbone.as_policy()
         return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """As in GRPOTrainer, and the value loss by itself where the critic is an adapter of the policy's backbone. DDP,
-        which expects one forward pass through its own wrapper, leaves the gradients to us."""
+        """As in GRPOTrainer, plus a separate backward pass for the value loss if the critic is an adapter of the
+        backbone. DDP expects one forward pass through its wrapper, so gradients are all-reduced here instead."""
         state, last = self.accelerator.gradient_state, self.accelerator.sync_gradients
         ours = isinstance(model, DistributedDataParallel)
         with model.no_sync() if ours else contextlib.nullcontext():
@@ -240,7 +240,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         return loss
 
     def policy_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Clipped policy loss, c·clipped value loss and γ·LM loss on pretraining rows, each a mean over all ranks."""
+        """Clipped policy loss + c·clipped value loss + γ·LM loss on pretraining rows, each a mean over all ranks."""
         loss = super().policy_loss(model, inputs)
         if self.critic.separate:
             self._micro_batch = inputs
@@ -254,7 +254,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         return loss
 
     def _value_step(self) -> Tensor:
-        """Forward and backward of the value loss under the value adapter. Returns the loss."""
+        """Forward and backward of the value loss with the value adapter active. Returns the loss."""
         with self.critic.active():
             loss = self._value_loss(self._micro_batch)
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
@@ -268,7 +268,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         with self.accelerator.autocast():
             values = self.critic.values(ids, seen, mask.shape[1])
         each = clipped_value_loss(values, inputs["old_values"], inputs["returns"], self.settings.value_clip)
-        # the policy loss' own normalizer: all response tokens of one accumulation window
+        # the normalizer of the policy loss: all response tokens of one accumulation window
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         value_loss = (each * mask).sum() / tokens

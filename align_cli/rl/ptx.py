@@ -19,7 +19,7 @@ from align_cli.training.job import Job, fold_in
 def batches(
     job: Job[PpoRecipe], tokenizer: PreTrainedTokenizerBase, trainer: PPOTrainer
 ) -> Iterator[dict[str, Tensor]]:
-    """Micro-batches of demonstrations, drawn by the update's number, so that a resumed run sees the same."""
+    """Micro-batches of demonstrations, seeded by the update's number, so that a resumed run gets the same."""
     data = job.recipe.data
     read = read_groups(replace(data, train=[job.recipe.method.ptx], eval=None), "demonstrations", 0)
     tally = chat.Tally()

@@ -1,6 +1,6 @@
-"""From scores to advantages: the arithmetic of PPO between a rollout and its loss. Imports torch alone.
+"""Computes advantages from scores: the part of PPO between a rollout and its loss. Imports torch only.
 
-Shapes: b samples, t response tokens; `mask` is (b, t), 1 on response tokens, which begin at the first column.
+Shapes: b samples, t response tokens; `mask` is (b, t), 1 on response tokens, which start in the first column.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 def moments(values: Tensor, mask: Tensor) -> Tensor:
-    """(3,) count, sum and sum of squares over response tokens; added up over ranks they give mean and variance."""
+    """(3,) count, sum and sum of squares over response tokens, to be summed over ranks for mean and variance."""
     chosen = values.double() * mask
     return torch.stack([mask.double().sum(), chosen.sum(), chosen.square().sum()])
 
 
 def whiten(values: Tensor, mask: Tensor, total: Tensor) -> Tensor:
-    """Values with mean 0 and variance 1 over all response tokens that `total`, of `moments`, was summed over."""
+    """Values scaled to mean 0 and variance 1 over all response tokens. `total` is the sum of `moments` over ranks."""
     count, first, second = total.unbind()
     mean = first / count
     deviation = ((second / count - mean.square()).clamp(min=0) + 1e-8).sqrt()
@@ -66,7 +66,7 @@ class KLController:
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def update(self, kl: float, episodes: int) -> None:
-        """`kl` in nats a sequence, over `episodes` sequences."""
+        """Update β, given the mean `kl` in nats per sequence of `episodes` sequences."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * episodes / self.horizon

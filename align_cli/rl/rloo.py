@@ -10,12 +10,12 @@ from align_cli.rl.rollouts import GroupRollouts
 
 
 class RlooTrainer(GroupRollouts, RLOOTrainer):
-    """RLOOTrainer over K samples a prompt, which lie side by side."""
+    """RLOOTrainer on K adjacent samples per prompt."""
 
     gives_log_probs = False
 
     def rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout, with our figures of the KL."""
+        """TRL's rollout; also records our KL metrics."""
         rollout = super().rollout(inputs)
         self.note_kl()
         return rollout

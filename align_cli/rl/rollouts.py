@@ -1,8 +1,8 @@
-"""What PPO, RLOO and GRPO share: sampling by row, scores from our reward sources, minibatches that ranks agree on.
+"""Shared by PPO, RLOO and GRPO: sampling with per-row seeds, scores from our reward sources, and minibatches.
 
-A mixin over TRL's online trainers. Departures from them: a row's sample does not depend on rank or batch; a rollout is
-cut into minibatches by striding, not by a shuffle of each rank's own; checkpoints stand between rollouts only, so that
-a resumed run never trains on samples that are gone.
+A mixin for TRL's online trainers. Differences from them: a row's sample does not depend on rank or batch; a rollout is
+split into minibatches by striding, not by shuffling on each rank; checkpoints are saved only between rollouts, so that
+a resumed run never needs samples that were lost.
 
 Shapes: b samples of this rank, t response tokens, p prompt tokens.
 """
@@ -30,11 +30,11 @@ from align_cli.rewards.reward import Messages, Reward
 
 
 class EpochOrder(torch.utils.data.Sampler):
-    """TRL's order of prompts, drawn for each epoch from the seed and the epoch's number.
+    """TRL's order of prompts, shuffled for each epoch with the seed plus the epoch's number.
 
-    TRL's own generator goes on from one epoch to the next, so that a process which starts in a later one would draw the
-    first epoch's order again. The number is asked for: accelerate tells only some samplers of it, and not through the
-    wrapper that skips what a resumed run has behind it.
+    TRL's generator keeps its state from one epoch to the next, so a run resumed in a later epoch would repeat the first
+    epoch's order. `epoch` returns the current number: accelerate passes it only to some samplers, and not through the
+    wrapper that skips the batches a resumed run has already trained on.
     """
 
     def __init__(self, inner: RepeatSampler, epoch: Callable[[], int]):
@@ -49,7 +49,7 @@ class EpochOrder(torch.utils.data.Sampler):
 
 
 class Rollouts(OnlineHooks):
-    """Mixin; `prepare_rollouts` is to be called once the trainer is built."""
+    """Mixin; call `prepare_rollouts` after constructing the trainer."""
 
     def prepare_rollouts(
         self,
@@ -64,7 +64,7 @@ class Rollouts(OnlineHooks):
         self.missing_eos, self.length_penalty = missing_eos, length_penalty
         self.scores: Tensor = torch.zeros(0)
         self.minibatches: list[dict[str, Any]] | None = None
-        """The current rollout, cut into micro-steps; None before the first and after a resume."""
+        """The current rollout, split into micro-steps; None before the first rollout and after resuming."""
         self.clock: Counter[str] = Counter()
         self.latest: dict[str, float] = {}
 
@@ -80,16 +80,16 @@ class Rollouts(OnlineHooks):
     # -- sampling
 
     def prompt_order(self, dataset: Dataset | None) -> EpochOrder:
-        """TRL's order, drawn anew for each epoch."""
+        """TRL's order, reshuffled for each epoch."""
         return EpochOrder(super().prompt_order(dataset), lambda: int(self.state.epoch or 0))
 
     def prompt_tokens(self, prompts: list[Messages]) -> list[list[int]]:
-        """Token ids as every other stage renders prompts; TRL's own would show the template keys that a dataset fills
-        with nulls."""
+        """Token ids of prompts, rendered as in every other stage. TRL's method would pass the template keys that a
+        dataset fills with nulls."""
         return [chat.prompt_ids(self.prompt_tokenizer, prompt) for prompt in prompts]
 
     def sample(self, prompts: list[list[int]], generate: Callable[[list[list[int]]], Any]) -> Responses:
-        """Responses of the engine in use, each drawn by its row's own seed where the engine can."""
+        """Responses of the engine in use, each sampled with its row's own seed if the engine supports it."""
         started = time.perf_counter()
         first = self.accelerator.process_index * len(prompts)
         stream = self.state.global_step if self.model.training else -1 - self.state.global_step
@@ -99,7 +99,7 @@ class Rollouts(OnlineHooks):
         return made.ids, made.log_probs
 
     def _engine(self, generate: Callable[[list[list[int]]], Any]) -> Engine:
-        """Who samples: TRL's own generation for batched and vllm, else `generate` of transformers."""
+        """The engine: TRL's own generation for batched and vllm, else transformers' `generate`."""
         if self.use_vllm or getattr(self, "use_transformers_continuous_batching", False):
             return TrlEngine(generate)
         return TransformersEngine(
@@ -120,17 +120,17 @@ class Rollouts(OnlineHooks):
             yield model
 
     def rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout, with our figures."""
+        """TRL's rollout, with our metrics."""
         rollout = super().rollout(inputs)
         if self.model.training:
-            # TRL notes a figure of the same name
+            # TRL records a metric of the same name
             del self.figures["reward"][-1]
         return rollout
 
     # -- scores
 
     def reward(self, inputs: list[dict[str, Any]], prompts: list[Messages], completions: list[Any], ids: Any) -> Tensor:
-        """(b over all ranks, 1) scores; this rank's stay in `self.scores`."""
+        """(b over all ranks, 1) scores; also stores this rank's in `self.scores`."""
         started = time.perf_counter()
         texts = [completion[0]["content"] for completion in completions]
         total = torch.zeros(len(texts), device=self.accelerator.device)
@@ -143,7 +143,7 @@ class Rollouts(OnlineHooks):
         proxy = total
         total = total - self.length_penalty * lengths
         if self.missing_eos is not None:
-            # in place of the score: a response that does not end is worth this (summarize_from_feedback)
+            # replaces the score of responses that did not end (summarize_from_feedback)
             total = torch.where(ended, total, torch.full_like(total, self.missing_eos))
         self.scores = total
         self.clock["score"] += time.perf_counter() - started
@@ -171,14 +171,14 @@ class Rollouts(OnlineHooks):
         self.note("reward_length_correlation", correlation(table[:, 1], table[:, 3]))
 
     def note(self, name: str, value: float) -> None:
-        """Remember a figure for the next line of metrics.jsonl, and for the guards."""
+        """Record a metric for the next line of metrics.jsonl and for the guards."""
         self.figures[name].append(value)
         self.latest[name] = value
 
     # -- minibatches
 
     def micro_batch(self, batch: Any) -> Any:
-        """This micro-step's slice of the current rollout, which is sampled when the last one is used up."""
+        """This micro-step's slice of the current rollout. Samples a new rollout when the last one is used up."""
         if not self.model.training:
             return super().micro_batch(batch)
         every = self.args.steps_per_generation * self.num_iterations
@@ -194,7 +194,7 @@ class Rollouts(OnlineHooks):
         return self.minibatches[self.micro_step % self.args.steps_per_generation]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the seconds spent in rollouts and scoring since the last log."""
+        """Add the seconds spent in rollouts and scoring since the last log."""
         if "loss" in logs and self.clock:
             logs |= {f"seconds_{name}": round(value, 3) for name, value in self.clock.items()}
             self.clock.clear()
@@ -207,7 +207,7 @@ class Rollouts(OnlineHooks):
 
 
 class GroupRollouts(Rollouts):
-    """Mixin for trainers whose β is TRL's own and whose baseline is the other samples of a prompt."""
+    """Mixin for RLOO and GRPO, whose β is TRL's `beta` and whose baseline is the prompt's other samples."""
 
     @property
     def kl_coefficient(self) -> float:
@@ -219,7 +219,7 @@ class GroupRollouts(Rollouts):
         self.beta = beta
 
     def note_kl(self) -> None:
-        """Put KL and β among the figures: KL in nats a sequence, as PPO counts it, where TRL has it a token."""
+        """Record KL and β. KL is in nats per sequence, as in PPO; TRL records it per token."""
         per_token = self.figures["kl"]
         if self.model.training:
             if per_token:
@@ -228,7 +228,7 @@ class GroupRollouts(Rollouts):
 
 
 class BetweenRollouts(TrainerCallback):
-    """Puts checkpoints off to the end of the rollout in hand, and stops there too."""
+    """Delays checkpoints and stops to the end of the current rollout."""
 
     def __init__(self, updates: Callable[[], int]):
         self.updates, self.due, self.stopping = updates, False, False
@@ -244,7 +244,7 @@ class BetweenRollouts(TrainerCallback):
 
 
 def sliced(rollout: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """The named rows of everything that has one entry a row."""
+    """The given rows of every tensor that has one entry per row."""
     b = len(rollout["completion_ids"])
     return {
         key: value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == b else value
@@ -253,14 +253,14 @@ def sliced(rollout: dict[str, Any], rows: list[int]) -> dict[str, Any]:
 
 
 def distinct_2(text: str) -> float:
-    """Share of different bigrams among a text's bigrams of words; 1 where there are none (Li et al., 2016)."""
+    """Share of distinct bigrams among a text's word bigrams; 1 if it has none (Li et al., 2016)."""
     words = text.split()
     bigrams = list(zip(words, words[1:], strict=False))
     return len(set(bigrams)) / len(bigrams) if bigrams else 1.0
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's; 0 where one does not vary."""
+    """Pearson correlation; 0 if either input is constant."""
     a, b = a - a.mean(), b - b.mean()
     scale = (a.square().sum() * b.square().sum()).sqrt()
     return float((a * b).sum() / scale) if scale > 1e-12 else 0.0

@@ -1,4 +1,4 @@
-"""What stages that sample while they train share: arguments, rewards and sampler, and the end of a run."""
+"""Shared by the stages that sample during training: arguments, rewards, sampler, and the run from loop to save."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def arguments(job: Job[OnlineRecipe], cls: type[Arguments], **own: Any) -> Argum
         use_transformers_continuous_batching=generation.engine == "batched",
         shuffle_dataset=True,
         remove_unused_columns=False,
-        # dropout would make the first ratio differ from 1
+        # with dropout, the first policy ratio would not be 1
         disable_dropout=True,
         # "The N implementation details of RLHF with PPO": Adam's ε as in the original code
         adam_epsilon=recipe.trainer.get("adam_epsilon", 1e-5),
@@ -55,7 +55,7 @@ def arguments(job: Job[OnlineRecipe], cls: type[Arguments], **own: Any) -> Argum
 
 
 def total(**kwargs: Any) -> None:
-    """TRL's reward function in name only: `Rollouts._calculate_rewards` puts the recipe's rewards in its place."""
+    """Placeholder for TRL's required reward function: `Rollouts.reward` computes the recipe's rewards instead."""
 
 
 def prepare(trainer: Rollouts, job: Job[OnlineRecipe], backbone: Scorer | None = None) -> None:
@@ -74,8 +74,8 @@ def prepare(trainer: Rollouts, job: Job[OnlineRecipe], backbone: Scorer | None =
 def run_group(
     job: Job[OnlineRecipe], trainer_class: type[GroupRollouts], config_class: type[TrainingArguments], **own: Any
 ) -> Outcome:
-    """RLOO and GRPO: sample K responses a prompt, score, train, in turn; save the policy. `own` are further fields of
-    the trainer's config. Returns the metrics and the row counts."""
+    """Run RLOO or GRPO: alternate sampling K responses per prompt, scoring and training; save the policy. `own` are
+    further fields of the trainer's config. Returns the metrics and the row counts."""
     recipe = job.recipe
     tokenizer = load.tokenizer(recipe.model, job.base)
     args = arguments(job, config_class, num_generations=recipe.method.k, beta=recipe.method.beta, **own)
@@ -103,7 +103,7 @@ def run_to_end(
     counts: list[Count],
     save: Callable[[], None],
 ) -> Outcome:
-    """Samples before, the loop under guards, samples after, the save."""
+    """Answer the samples, train with guards, answer them again, and save."""
     samples = Samples(job, tokenizer)
     samples.answer(trainer, "before")
     guards = GuardCallback(Guards(job.recipe.guards, job.say), trainer)

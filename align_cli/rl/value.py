@@ -1,4 +1,4 @@
-"""The value function of PPO: what it starts from, as a model of its own or as an adapter of one backbone, and its save.
+"""The value function of PPO: initialisation, as a separate model or as an adapter on the shared backbone, and saving.
 
 Shapes: b rows, t tokens, h heads.
 """
@@ -25,19 +25,19 @@ from align_cli.training.job import Job
 
 
 def start(recipe: PpoRecipe) -> str | None:
-    """The run whose weights the value function starts from; None for the policy's own and a head of zeros."""
+    """The run whose weights initialise the value function; None for the policy's weights and a zero head."""
     reward = _reward_model(recipe)
     return recipe.value.path if recipe.value else reward and reward.path
 
 
 def _reward_model(recipe: PpoRecipe) -> RewardSource | None:
-    """The first reward that is a model; None where rewards are functions."""
+    """The first reward that is a model; None if all rewards are functions."""
     return next((source for source in recipe.reward if source.path is not None), None)
 
 
 def model(job: Job[PpoRecipe], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The value function as the reward model it starts from, whose tokenizer must be the policy's; or as the policy
-    with a head of zeros."""
+    """The value function as a separate model, initialised from a reward model, whose tokenizer must be the policy's, or
+    from the policy with a zero head."""
     path = start(job.recipe)
     if path is not None:
         return reward_head.load_run(path, tokenizer, job.dtype).train()
@@ -58,7 +58,7 @@ def backbone(job: Job[PpoRecipe], base: PreTrainedModel, args: PPOConfig, new_to
 
 
 def backbone_scorer(job: Job[PpoRecipe], backbone: SharedBackbone) -> Scorer | None:
-    """Scores of the reward adapter at the responses' ends, or None where rewards are functions."""
+    """A scorer that reads the reward adapter at the responses' ends; None if all rewards are functions."""
     source = _reward_model(job.recipe)
     if source is None:
         return None
@@ -73,7 +73,7 @@ def backbone_scorer(job: Job[PpoRecipe], backbone: SharedBackbone) -> Scorer | N
 
 
 def save(trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase, job: Job[PpoRecipe]) -> None:
-    """The policy at the run's root, the value function in `value/`."""
+    """Save the policy into the run directory and the value function into `value/`."""
     critic = trainer.critic
     if isinstance(critic, SharedCritic):
         _save_adapters(trainer, critic.backbone, tokenizer, job)

@@ -23,7 +23,7 @@ from align_cli.training.placement import reference
 
 
 def run(job: Job[PpoRecipe]) -> Outcome:
-    """Alternate sampling, scoring and training; save policy and value function. Returns the metrics and the row counts."""
+    """Alternate sampling, scoring and training; save policy and value function. Returns metrics and row counts."""
     recipe, method = job.recipe, job.recipe.method
     tokenizer = load.tokenizer(recipe.model, job.base)
     args = online.arguments(job, PPOConfig, num_generations=1, beta=0.0, loss_type="dapo")
