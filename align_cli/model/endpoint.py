@@ -87,9 +87,9 @@ class Endpoint:
                 raise self._refusal(response, text)
             return _without_surrogates(json.loads(text))
         except (TimeoutError, httpx2.TimeoutException):
-            raise _Failure(f"gave no answer within {timeout:g} seconds", "timeout") from None
+            raise _Failure(f"did not respond within {timeout:g} seconds", "timeout") from None
         except (ValueError, RecursionError, httpx2.DecodingError, _CutOff):
-            raise _Failure("cut its answer off", "truncated") from None
+            raise _Failure("sent an incomplete response", "truncated") from None
         except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise _Failure(f"cannot be reached ({self._without_key(_cause(error))})", "connection") from None
 

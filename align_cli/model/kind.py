@@ -83,7 +83,7 @@ def has_chat_template(path: str) -> bool:
 
 
 def parameters(path: str) -> int | None:
-    """Number of parameters in a directory's safetensors, from their headers; None if there are no such files."""
+    """Number of parameters in a directory's safetensors, from their headers; None if the directory has none."""
     total = 0
     for file in Path(path).glob("*.safetensors"):
         for name, tensor in header(file).items():

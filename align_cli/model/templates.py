@@ -8,7 +8,7 @@ from align_cli.errors import did_you_mean
 from align_cli.model import kind
 
 BUILT_IN = {
-    # every turn opens and closes with a marker; the end marker must be a token of its own to be learned as an end
+    # every turn opens and closes with a marker; the model learns the end marker only if it is a single token
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
         "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -60,7 +60,7 @@ def source(path: str, named: str | None) -> str | dict[str, str] | None:
 def endless(path: str) -> str:
     """Error message for a tokenizer that has no token to end an answer."""
     return (
-        f"model.path: {path}: its tokenizer has no EOS token, and its chat template closes an answer with no special "
+        f"model.path: {path}: its tokenizer has no EOS token, and its chat template ends answers without a special "
         "token; set eos_token in tokenizer_config.json"
     )
 

@@ -159,9 +159,9 @@ class IterativeDpo(Rounds[DpoRecipe]):
         may_win = ended if method.missing_eos is not None else [True] * len(full)
         chosen = picked(ids, scores, may_win, how=method.pairs, min_gap=method.min_gap, draw=draw)
         if len(full) < 2:
-            why = "answers that are empty"
+            why = "too few answers that are not empty"
         else:
-            why = "no answer ended" if not any(may_win) else "scores that differ too little"
+            why = "no answer ended" if not any(may_win) else "scores differ too little"
         return [(full[w], full[l]) for w, l in chosen], why  # noqa: E741
 
     def before(self, number: int, figures: dict[str, float]) -> bool:

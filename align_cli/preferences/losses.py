@@ -23,7 +23,7 @@ CERTAIN = -1e-6
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - eˣ) for x < 0, exact at both ends (Mächler 2012): float32 or wider in, the same out."""
+    """log(1 - eˣ) for x < 0, accurate at both ends (Mächler 2012). Takes and returns float32 or a wider dtype."""
     x = x.clamp(max=CERTAIN)
     # the branch that is not taken must not put NaN into the gradient
     near = x > -math.log(2)

@@ -167,7 +167,7 @@ class Spin(Rounds[SpinRecipe]):
         rows = []
         for one, row in zip(demonstrations, replies, strict=True):
             if row["rejected_ids"] == one.human:
-                count.lose(one.group.place, Dropped("the model's reply is the human one", row["rejected"]))
+                count.lose(one.group.place, Dropped("the model's reply equals the human one", row["rejected"]))
                 continue
             rows.append({"prompt_ids": one.prompt, "chosen_ids": one.human, "rejected_ids": row["rejected_ids"]})
         return rows

@@ -79,8 +79,8 @@ def lines(figures: dict[str, Any]) -> list[str]:
         return ["held-out: no pairs to compare"]
     error = figures["accuracy_se"]
     shown = [
-        f"held-out pairs: accuracy {figures['accuracy']:.3f} ± {error:.3f}, beside {figures['longer_wins']:.3f} for "
-        f'"the longer one wins" ({figures["pairs"]} pairs of {figures["groups"]} prompts)'
+        f"held-out pairs: accuracy {figures['accuracy']:.3f} ± {error:.3f}, compared with {figures['longer_wins']:.3f} "
+        f'for "the longer one wins" ({figures["pairs"]} pairs of {figures["groups"]} prompts)'
     ]
     by_length = [
         f"{figures[f'accuracy_winner_{name}']:.3f} where the winner is the {name} one "
@@ -98,7 +98,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"Spearman(Δr, Δlength) {figures['spearman_length']:+.2f}"
     )
     if figures["accuracy"] <= max(figures["longer_wins"], 1 - figures["longer_wins"], 0.5):
-        shown.append("  This reward model is no better than judging by length: do not optimise against it.")
+        shown.append("  This reward model does no better than judging by length: do not optimise against it.")
     elif figures["accuracy"] - error <= max(figures["longer_wins"], 1 - figures["longer_wins"], 0.5):
         shown.append("  It beats judging by length by less than one standard error: hold out more pairs to be sure.")
     return shown

@@ -35,8 +35,8 @@ class SharedBackbone:
     """A PeftModel with one adapter per role, and a scalar head for each role except the policy."""
 
     def __init__(self, base: PreTrainedModel, policy: LoraConfig, *, reward: str | None, value: str | None):
-        """`reward` and `value` are adapters of reward models. Without `reward` there is no reward model; without
-        `value` the value function starts from the policy, with a zero head."""
+        """`reward` and `value` are adapters of reward models. If `reward` is None, the backbone has no reward
+        role. If `value` is None, the value function starts from the policy, with a zero head."""
         self.model: PeftModel = get_peft_model(base, policy)
         self.value_run = value
         self.model.add_module(f"{VALUE}_head", self._add(VALUE, value) if value else self._fresh(VALUE, policy))

@@ -63,7 +63,7 @@ def _phases(job: Job[CaiRecipe], journal: RowJournal) -> Outcome:
     extra = {"constitution": record, "cai": figures, "usage": models.usage()}
     if job.main:
         audit.write(job.run.path, extra)
-        job.say(f"all chains and labels are in {job.run.path / audit.FILE}")
+        job.say(f"report of chains and labels: {job.run.path / audit.FILE}")
     return Outcome(outcome.metrics, [*counts, *outcome.counts, of_constitution(principles)], extra=extra)
 
 

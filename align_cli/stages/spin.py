@@ -14,5 +14,5 @@ from align_cli.training.job import Job, Outcome
 
 
 def run(job: Job[SpinRecipe]) -> Outcome:
-    """All iterations. Returns the last one's metrics and the row counts."""
+    """Run all iterations. Returns the last one's metrics and the row counts."""
     return spin.run(job)

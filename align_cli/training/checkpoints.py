@@ -87,7 +87,7 @@ def _look_at_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         try:
             saved |= {name: entry["shape"] for name, entry in kind.header(file).items() if name != "__metadata__"}
         except ValueError as error:
-            raise RuntimeError(f"{file} was not written whole: {error}") from error
+            raise RuntimeError(f"{file} is incomplete: {error}") from error
     if isinstance(model, PeftModel):
         if not saved or any(0 in shape for shape in saved.values()):
             raise RuntimeError(f"{folder}: the saved adapter is empty")

@@ -68,5 +68,5 @@ def fold_in(counts: list[Count], tally: Tally, max_dropped: float) -> list[str]:
     raise_all(DataError, [line for count in counts for line in count.too_many_dropped(max_dropped)])
     lines = [line for count in counts for line in count.lines()]
     if tally.truncated:
-        lines.append(f"{tally.truncated} rows cut to data.max_length")
+        lines.append(f"{tally.truncated} rows truncated to data.max_length")
     return lines + [f"warning: {note} ({number} answers)" for note, number in tally.notes.items()]

@@ -95,7 +95,7 @@ class RowJournal:
         kept = self._kept(name, units)
         missing = [unit for unit in units if not all(row in kept for row in unit)]
         if kept and missing:
-            self.job.say(f"{label}: {len(kept)} of {total} rows are kept from before")
+            self.job.say(f"{label}: {len(kept)} of {total} rows exist from an earlier attempt")
         mine, errors = missing[self.job.rank :: self.job.ranks], []
         try:
             if together:

@@ -20,7 +20,7 @@ def test_ranked_counts_pairs_and_half_of_the_ties():
         (10, 10, 1.0, 1.0, ""),
         (10, 13, 1.33, 1.0, ""),
         (10, 20, 1.0, 1.0, "method.desirable_weight=2 gives 1"),
-        (40, 10, 1.0, 2.0, "method.desirable_weight=0.5 would"),
+        (40, 10, 1.0, 2.0, "method.desirable_weight=0.5 gives"),
         (10, 0, 1.0, 1.0, ""),
     ],
 )
