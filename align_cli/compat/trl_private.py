@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from trl.trainer import utils
@@ -48,7 +49,7 @@ class OnlineHooks:
         """The inputs of one forward and backward pass."""
         return super()._prepare_inputs(batch)
 
-    def policy_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def policy_loss(self, model: Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of a micro-batch."""
         return super()._compute_loss(model, inputs)
 
@@ -73,7 +74,7 @@ class OnlineHooks:
         """Number of forward and backward passes in this process so far."""
         return self._step
 
-    def token_log_probs(self, model: Any, ids: Tensor, mask: Tensor, t: int, batch_size: int) -> Tensor:
+    def token_log_probs(self, model: Module, ids: Tensor, mask: Tensor, t: int, batch_size: int) -> Tensor:
         """(b, t) log-probabilities of the last t tokens."""
         return self._get_per_token_logps_and_entropies(model, ids, mask, t, batch_size=batch_size)[0]
 
@@ -96,7 +97,7 @@ class OnlineHooks:
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         return self.micro_batch(generation_batch)
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def _compute_loss(self, model: Module, inputs: dict[str, Any]) -> Tensor:
         return self.policy_loss(model, inputs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
@@ -25,7 +26,7 @@ def put_in_place() -> None:
 
 
 def attend(
-    module: Any,
+    module: Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -56,7 +57,7 @@ def attend(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def _masked(scores: Tensor, mask: Tensor | None, module: Any, is_causal: bool | None) -> Tensor:
+def _masked(scores: Tensor, mask: Tensor | None, module: Module, is_causal: bool | None) -> Tensor:
     """(b, k, h/k, q, t) scores, very low where masked; not -∞, since padding rows are fully masked."""
     low = torch.finfo(scores.dtype).min
     if mask is None:

@@ -15,11 +15,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from align_cli.data import spans, template
 from align_cli.data.groups import Group, preference_pairs
 from align_cli.data.template import Message, Tools, Unrenderable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 from align_cli.data.turns import Dropped
 
 __all__ = ["IGNORED", "Tally", "Turns", "Unrenderable", "conversation", "dpo_rows", "encoded", "fitting"]
@@ -68,7 +71,9 @@ class Tally:
             group.count.lose(group.place, Dropped(reason, group.prompt[-1]["content"]))
 
 
-def render(tokenizer: Any, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, prompt: bool = False, tools: Tools = None
+) -> str:
     """The rendered conversation; with `prompt`, it ends with the generation prompt.
 
     Raises Unrenderable with the template's own error message.
@@ -76,18 +81,18 @@ def render(tokenizer: Any, messages: list[Message], *, prompt: bool = False, too
     return template.of(tokenizer).render(messages, prompt=prompt, tools=tools)
 
 
-def prompt_ids(tokenizer: Any, prompt: list[Message], tools: Tools = None) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], tools: Tools = None) -> list[int]:
     """Token ids of a prompt, generation prompt included. Raises Unrenderable."""
     return encoded(tokenizer, render(tokenizer, prompt, prompt=True, tools=tools))[0]
 
 
-def end_tokens(tokenizer: Any) -> set[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that can end a turn: every special token and EOS."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special | ({tokenizer.eos_token_id} - {None})
 
 
-def generation_ends(tokenizer: Any) -> list[int]:
+def generation_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids at which sampling stops: EOS and the token with which the template closes an assistant's turn.
 
     If the template requires a system turn, one is added. Raises Unrenderable if no turn can be rendered.
@@ -101,7 +106,7 @@ def generation_ends(tokenizer: Any) -> list[int]:
 
 
 def conversation(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: list[Message],
     response: list[Message],
     *,
@@ -138,7 +143,9 @@ def conversation(
     return Turns(ids, trained)
 
 
-def responses(tokenizer: Any, group: Group, notes: Counter | None = None) -> tuple[list[int], list[list[int]]]:
+def responses(
+    tokenizer: PreTrainedTokenizerBase, group: Group, notes: Counter | None = None
+) -> tuple[list[int], list[list[int]]]:
     """Token ids of a group's prompt, once, and of each of its K responses.
 
     The prompt is the longest prefix without trained tokens that all K sequences share, so that every response continues
@@ -156,7 +163,7 @@ def responses(tokenizer: Any, group: Group, notes: Counter | None = None) -> tup
 
 
 def sft_rows(
-    tokenizer: Any, groups: Iterable[Group], *, max_length: int, last_turn_only: bool, tally: Tally
+    tokenizer: PreTrainedTokenizerBase, groups: Iterable[Group], *, max_length: int, last_turn_only: bool, tally: Tally
 ) -> Iterator[dict[str, list[int]]]:
     """`input_ids` and `labels` of each group's first response; truncated and dropped groups are counted in `tally`."""
     for group in groups:
@@ -181,7 +188,7 @@ def sft_rows(
 
 
 def fitting(
-    tokenizer: Any, group: Group, max_length: int, max_prompt_length: int | None, tally: Tally
+    tokenizer: PreTrainedTokenizerBase, group: Group, max_length: int, max_prompt_length: int | None, tally: Tally
 ) -> tuple[list[int], list[list[int]]] | None:
     """`responses` of a group; None if it cannot be rendered or its prompt leaves no room for a response, which `tally`
     counts as dropped."""
@@ -198,7 +205,7 @@ def fitting(
 
 
 def dpo_rows(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     groups: Iterable[Group],
     *,
     how: str,
@@ -223,7 +230,7 @@ def dpo_rows(
             yield {"prompt_ids": prompt, "chosen_ids": cut[better], "rejected_ids": cut[worse]}
 
 
-def encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids and character spans. The template already writes BOS and EOS, so the tokenizer adds no special tokens.
 
     Raises Unrenderable.
@@ -237,7 +244,9 @@ def encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]
     return coded["input_ids"], coded["offset_mapping"]
 
 
-def _split_at(tokenizer: Any, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+def _split_at(
+    tokenizer: PreTrainedTokenizerBase, text: str, starts: list[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Like `encoded`, but no token crosses one of `starts`, where responses begin: generation also starts from a prompt
     that is tokenized up to exactly there."""
     ids, offsets = encoded(tokenizer, text)

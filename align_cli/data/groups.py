@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
 
 from align_cli.data import refusals
 from align_cli.data.count import Count
@@ -28,7 +27,7 @@ from align_cli.data.split import (
     smallest,
     weighted,
 )
-from align_cli.data.template import without_thoughts
+from align_cli.data.template import ChatTokenizer, without_thoughts
 from align_cli.data.turns import Broken, Dropped, Message
 from align_cli.errors import DataError, did_you_mean, raise_all
 from align_cli.recipe.sections import Data, Source
@@ -138,7 +137,12 @@ def stream_eval(data: Data, need: RowKind, seed: int, counts: list[Count]) -> li
 
 
 def check_sources(
-    data: Data, need: RowKind, *, cells: Sequence[str] = (), max_bytes: int = CHECKED, tokenizer: Any = None
+    data: Data,
+    need: RowKind,
+    *,
+    cells: Sequence[str] = (),
+    max_bytes: int = CHECKED,
+    tokenizer: ChatTokenizer | None = None,
 ) -> tuple[list[str], list[Count]]:
     """Every problem, one line each, and the counts; hub ids are skipped. With a `tokenizer` (a chat template and
     special tokens are enough), the first rows of every source are rendered, and those that the template refuses are

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from align_cli.data.chat import Tally, fitting
 from align_cli.data.groups import Group, labelled
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def kto_rows(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     groups: Iterable[Group],
     *,
     split: Literal["best-worst", "best-rest"],

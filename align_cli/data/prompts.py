@@ -9,7 +9,7 @@ from typing import Any
 from align_cli.data import template
 from align_cli.data.files import is_local, kind
 from align_cli.data.load import Row, read_rows
-from align_cli.data.template import Message
+from align_cli.data.template import ChatTokenizer, Message
 from align_cli.data.turns import QUESTIONS, Broken, as_turns
 from align_cli.errors import DataError, did_you_mean, raise_all
 from align_cli.recipe.sections import Samples, Source
@@ -19,7 +19,7 @@ LINES = 20
 WHERE = "samples.prompts"
 
 
-def sample_prompts(samples: Samples, tokenizer: Any = None) -> list[Row]:
+def sample_prompts(samples: Samples, tokenizer: ChatTokenizer | None = None) -> list[Row]:
     """One row per prompt, with the other columns of its file; `prompt` is a string or a list of messages.
 
     With a `tokenizer` (a chat template is enough), each prompt is rendered. Raises DataError with every problem, one
@@ -53,7 +53,7 @@ def excerpt(prompt: str | list[Message]) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}…")
 
 
-def _refused(tokenizer: Any, prompt: list[Message]) -> str:
+def _refused(tokenizer: ChatTokenizer, prompt: list[Message]) -> str:
     try:
         template.of(tokenizer).render(prompt, prompt=True)
     except template.Unrenderable as error:
@@ -61,7 +61,7 @@ def _refused(tokenizer: Any, prompt: list[Message]) -> str:
     return ""
 
 
-def sample_problems(samples: Samples | None, tokenizer: Any = None) -> list[str]:
+def sample_problems(samples: Samples | None, tokenizer: ChatTokenizer | None = None) -> list[str]:
     """The lines that `sample_prompts` raises."""
     try:
         if samples is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align_cli.data.chat import Tally, fitting
 from align_cli.data.groups import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def levels(group: Group) -> list[int]:
@@ -26,7 +29,12 @@ def ties(group: Group) -> int:
 
 
 def rm_rows(
-    tokenizer: Any, groups: Iterable[Group], *, max_length: int, max_prompt_length: int | None, tally: Tally
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Iterable[Group],
+    *,
+    max_length: int,
+    max_prompt_length: int | None,
+    tally: Tally,
 ) -> Iterator[dict[str, Any]]:
     """`prompt_ids`, `responses` (K lists of ids, best first), `levels`, `grades` (the source's scores, or empty) and
     `probability` (the soft label that the first response is the better one, or None).

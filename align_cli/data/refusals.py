@@ -7,14 +7,14 @@ from typing import Any
 
 from align_cli.data import spans, template
 from align_cli.data.format import Group
-from align_cli.data.template import Unrenderable
+from align_cli.data.template import ChatTokenizer, Unrenderable
 from align_cli.recipe.stages import RowKind
 
 RENDERED = 1000
 """Number of first rows of a source that `align check` renders."""
 
 
-def checker(tokenizer: Any, need: RowKind) -> Callable[[Group], str | None]:
+def checker(tokenizer: ChatTokenizer, need: RowKind) -> Callable[[Group], str | None]:
     """A function that returns the reason why a group would be dropped, or None. Of `tokenizer`, only the chat template
     and the special tokens are needed."""
     rendering = template.of(tokenizer)

@@ -10,7 +10,7 @@ import json
 import re
 import weakref
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from align_cli.compat import chat_date
 from align_cli.errors import DataError
@@ -27,6 +27,18 @@ OPEN, CLOSE = "<think>", "</think>"
 HALF = "it holds half of a surrogate pair (a cut emoji), which cannot be tokenized; correct or remove the row"
 
 
+class ChatTokenizer(Protocol):
+    """What rendering needs of a tokenizer; `model.saved_tokenizer` has it without transformers."""
+
+    chat_template: str | dict[str, str] | None
+    eos_token: str | None
+    special_tokens_map: dict[str, Any]
+    added_tokens_decoder: dict[int, Any]
+
+    def apply_chat_template(self, conversation: list[Message], **kwargs: Any) -> str:
+        """The conversation as text."""
+
+
 class Unrenderable(DataError):
     """The template refuses a conversation, or renders it so that its turns cannot be distinguished."""
 
@@ -34,7 +46,7 @@ class Unrenderable(DataError):
 class Template:
     """The chat template of one tokenizer. Get it from `of`, which caches it."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: ChatTokenizer):
         # the tokenizer keeps this object alive, not the other way round
         self._tokenizer = weakref.ref(tokenizer)
         self.source = tokenizer.chat_template
@@ -54,7 +66,7 @@ class Template:
             return not self.parts
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> ChatTokenizer:
         return self._tokenizer()
 
     def render(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
@@ -227,7 +239,7 @@ class Template:
 _KEPT: weakref.WeakKeyDictionary[Any, Template] = weakref.WeakKeyDictionary()
 
 
-def of(tokenizer: Any) -> Template:
+def of(tokenizer: ChatTokenizer) -> Template:
     """The Template of a tokenizer, cached until its chat template changes."""
     kept = _KEPT.get(tokenizer)
     if kept is None or kept.source != tokenizer.chat_template:

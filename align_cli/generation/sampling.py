@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 WORD = 0xFFFFFFFF
@@ -37,7 +36,7 @@ class Sampler:
 
 @torch.no_grad()
 def respond(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     seeds: Sequence[int],
     *,
@@ -63,7 +62,7 @@ def respond(
 
 
 def _generate(
-    model: Any, prompts: list[list[int]], seeds: list[int], sampler: Sampler, ends: Sequence[int], pad: int
+    model: PreTrainedModel, prompts: list[list[int]], seeds: list[int], sampler: Sampler, ends: Sequence[int], pad: int
 ) -> list[list[int]]:
     p = max(map(len, prompts))
     ids = torch.tensor([[pad] * (p - len(prompt)) + prompt for prompt in prompts], device=model.device)

@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cli.compat import chat_date, libraries
@@ -104,7 +105,7 @@ def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str 
     return loaded
 
 
-def set_ends(model: Any, ends: list[int]) -> list[int]:
+def set_ends(model: PreTrainedModel | PeftModel, ends: list[int]) -> list[int]:
     """Add `ends` to the model's EOS ids, for generation here and wherever the saved model is served. Returns all EOS
     ids."""
     ends = sorted({*ends, *_ends(model)})
@@ -112,7 +113,7 @@ def set_ends(model: Any, ends: list[int]) -> list[int]:
     return ends
 
 
-def _ends(model: Any) -> list[int]:
+def _ends(model: PreTrainedModel | PeftModel) -> list[int]:
     ends = model.generation_config.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or [])
 

@@ -118,6 +118,6 @@ def masked(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tenso
     return inputs | {"attention_mask": added}
 
 
-def takes_4d_masks(model: Any) -> bool:
+def takes_4d_masks(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the attention implementation accepts 4-D masks. Whether it applies them correctly needs a trial run."""
     return attention(model.config) in ("sdpa", "eager")

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align_cli.model import kind, templates
 from align_cli.recipe.sections import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -89,7 +92,7 @@ def missing(model: Model, tokenizer: SavedTokenizer) -> list[str]:
     ]
 
 
-def closing(tokenizer: Any) -> str | None:
+def closing(tokenizer: PreTrainedTokenizerBase | SavedTokenizer) -> str | None:
     """The special token that the chat template writes after an answer, or None. Takes saved and loaded tokenizers."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Zend"}]

@@ -32,7 +32,9 @@ class KtoTrainer(PreparedRows, KTOTrainer):
             return dataset
         return dataset.add_column("KL_completion_ids", rotated(dataset["completion_ids"], self.block))
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """TRL's metrics, and how often a good response has a higher implied reward than a bad one."""
         rewards, labels = self._rewards(eval_dataset)
         if labels.any() and not labels.all():
@@ -40,7 +42,7 @@ class KtoTrainer(PreparedRows, KTOTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @torch.no_grad()
-    def _rewards(self, dataset: Any) -> tuple[Tensor, Tensor]:
+    def _rewards(self, dataset: Dataset | None) -> tuple[Tensor, Tensor]:
         """(rows,) β·log π/π_ref of the held-out responses, and (rows,) whether each is good."""
         rewards, labels, training = [], [], self.model.training
         self.model.eval()

@@ -13,7 +13,9 @@ from collections import Counter
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from torch.nn import Module
 
 from align_cli.compat.trl_private import set_trained_tokens, trained_tokens
 from align_cli.preferences.losses import Side, Term, needs_reference, preference_loss
@@ -30,7 +32,7 @@ def pair_row(row: dict[str, list[int]]) -> Row:
     return {"prompt_ids": shared, "responses": [last + row["chosen_ids"], last + row["rejected_ids"]]}
 
 
-class PreferenceTrainer(StepTrainer):
+class PreferenceTrainer(StepTrainer[dict[str, Tensor]]):
     """Trains a model patched by `model.log_probs.scoring` on pairs. `reference`, set after the trainer is built, is a
     prepared frozen model of the same kind; if None, the policy with its adapters disabled is the reference."""
 
@@ -38,20 +40,20 @@ class PreferenceTrainer(StepTrainer):
         super().__init__(*args, **kwargs)
         self.terms = [term for term in terms if term.weight]
         self.compares = needs_reference(self.terms)
-        self.reference: Any = None
+        self.reference: Module | None = None
         self._sums: Counter[str] = Counter()
 
     # -- log-probabilities
 
-    def probe(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+    def probe(self, model: Module, packed: Packed, rows: list[Row]) -> Tensor:
         """(m,) log-probabilities of the responses' tokens."""
         return self._tokens(model, packed, rows)
 
-    def _tokens(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+    def _tokens(self, model: Module, packed: Packed, rows: list[Row]) -> Tensor:
         inputs = {key: value for key, value in packed.inputs.items() if key != "ends"}
         return model(**inputs, positions=packed.predicting(rows))
 
-    def log_probs(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+    def log_probs(self, model: Module, packed: Packed, rows: list[Row]) -> Tensor:
         """(b, 2) summed log-probabilities of the responses."""
         lengths = self.lengths(rows)
         owner = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths.flatten())
@@ -73,7 +75,7 @@ class PreferenceTrainer(StepTrainer):
             with policy.disable_adapter():
                 return self.log_probs(self.model, packed, rows)
 
-    def sides(self, model: Any, rows: list[Row]) -> tuple[Side, Side, int]:
+    def sides(self, model: Module, rows: list[Row]) -> tuple[Side, Side, int]:
         """The chosen and the rejected responses of these pairs, and the number of tokens computed."""
         packed, lengths = self.packed(model, rows), self.lengths(rows)
         # before the policy's own pass, whose checkpointed blocks are recomputed with the adapters enabled
@@ -86,7 +88,7 @@ class PreferenceTrainer(StepTrainer):
 
     # -- training
 
-    def losses(self, model: Any, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, model: Module, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
         """(b,) losses of the mixture, and its metrics."""
         chosen, rejected, tokens = self.sides(model, rows)
         with torch.autocast(chosen.sums.device.type, enabled=False):
@@ -112,12 +114,17 @@ class PreferenceTrainer(StepTrainer):
 
     # -- held-out pairs
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+    def evaluate(
+        self,
+        eval_dataset: Dataset | list[Row] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Loss, accuracy by the method's own margin and log-probabilities of held-out pairs, and how often the longer
         response is the chosen one."""
         rows = list(eval_dataset if eval_dataset is not None else self.eval_dataset)
 
-        def measure(model: Any, picked: list[Row]) -> list[dict[str, float]]:
+        def measure(model: Module, picked: list[Row]) -> list[dict[str, float]]:
             total, figures = self.losses(model, picked)
             figures = {"loss": total} | {name: values for name, values in figures.items() if name != "tokens"}
             columns = torch.stack([values.float() for values in figures.values()], 1).cpu().tolist()

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from torch.nn import Module
 
 from align_cli.compat.trl_private import set_trained_tokens, trained_tokens
 from align_cli.reward_model import losses, quality
@@ -74,7 +76,7 @@ def _probabilities(rows: list[Row], scores: Tensor) -> Tensor:
     return torch.tensor(given, device=scores.device, dtype=scores.dtype)
 
 
-class RankingTrainer(StepTrainer):
+class RankingTrainer(StepTrainer[tuple[Tensor, int]]):
     """Trains a scoring model (`model.reward_head.scoring`) on groups."""
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any):
@@ -84,12 +86,12 @@ class RankingTrainer(StepTrainer):
 
     # -- scores
 
-    def scores(self, model: Any, rows: list[Row]) -> tuple[Tensor, int]:
+    def scores(self, model: Module, rows: list[Row]) -> tuple[Tensor, int]:
         """(b, k, h) scores of the groups' responses, 0 for padding; and the number of tokens computed."""
         packed = self.packed(model, rows)
         return packed.regroup(model(**packed.inputs)), packed.tokens
 
-    def probe(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+    def probe(self, model: Module, packed: Packed, rows: list[Row]) -> Tensor:
         """(b, k, d) hidden states at the responses' ends."""
         return packed.regroup(model(**packed.inputs, hidden=True))
 
@@ -99,7 +101,7 @@ class RankingTrainer(StepTrainer):
         """(b,) weights of the objective."""
         return self.objective.weights(rows)
 
-    def losses(self, model: Any, rows: list[Row]) -> tuple[Tensor, tuple[Tensor, int]]:
+    def losses(self, model: Module, rows: list[Row]) -> tuple[Tensor, tuple[Tensor, int]]:
         """(b,) losses, averaged over heads; and the scores and the number of tokens computed."""
         scores, tokens = self.scores(model, rows)
         return self._each(scores, rows), (scores.detach(), tokens)
@@ -133,7 +135,12 @@ class RankingTrainer(StepTrainer):
             self._sums.zero_()
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+    def evaluate(
+        self,
+        eval_dataset: Dataset | list[Row] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Loss and quality on the held-out groups, logged and returned with `metric_key_prefix`."""
         rows = list(eval_dataset if eval_dataset is not None else self.eval_dataset)
         scores = self.score_all(rows)
@@ -156,7 +163,7 @@ class RankingTrainer(StepTrainer):
     def score_all(self, rows: list[Row]) -> list[list[list[float]]]:
         """Scores of all heads per group and response, in the order of `rows`, identical on every rank."""
 
-        def measure(model: Any, picked: list[Row]) -> list[list[list[float]]]:
+        def measure(model: Module, picked: list[Row]) -> list[list[list[float]]]:
             scores, _ = self.scores(model, picked)
             each = zip(picked, scores.float().cpu(), strict=True)
             return [values[: len(row["responses"])].tolist() for row, values in each]

@@ -7,18 +7,22 @@ shard of every weight.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback
+from torch.nn import Parameter
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from align_cli.rl.rollouts import Rollouts
 
 
 class WeightAverage(TrainerCallback):
     """Averages the trainer's `policy_parameters()` after every update, and saves the average in checkpoints."""
 
-    def __init__(self, decay: float, trainer: Any):
+    def __init__(self, decay: float, trainer: Rollouts):
         self.decay, self.trainer = decay, trainer
         self.averages: dict[str, Tensor] = {}
 
@@ -50,15 +54,15 @@ class WeightAverage(TrainerCallback):
                 parameter.partition(param_list=[parameter], has_been_updated=False)
             _part(parameter).copy_(self.averages[name])
 
-    def _file(self, args: Any, state: Any, parameters: dict[str, Any]) -> Path:
+    def _file(self, args: TrainingArguments, state: TrainerState, parameters: dict[str, Parameter]) -> Path:
         rank = args.process_index if _sharded(parameters) else 0
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"average-{rank}.safetensors"
 
 
-def _part(parameter: Any) -> Tensor:
+def _part(parameter: Parameter) -> Tensor:
     """This rank's part of a parameter: its shard under ZeRO-3, else all of it."""
     return (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach()
 
 
-def _sharded(parameters: dict[str, Any]) -> bool:
+def _sharded(parameters: dict[str, Parameter]) -> bool:
     return any(hasattr(parameter, "ds_tensor") for parameter in parameters.values())

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from align_cli.compat.libraries import exchange_gradients
@@ -62,11 +64,11 @@ class Critic:
     separate = False
     """Whether the value loss needs a backward pass of its own."""
 
-    def __init__(self, policy: Any, value_model: Any):
+    def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel):
         policy.add_module(self.PART, value_model)
         self.value_model = value_model
 
-    def active(self) -> Any:
+    def active(self) -> contextlib.AbstractContextManager[None]:
         """A context in which `values` may be called."""
         return contextlib.nullcontext()
 
@@ -88,7 +90,7 @@ class SharedCritic:
     def __init__(self, backbone: SharedBackbone):
         self.backbone = backbone
 
-    def active(self) -> Any:
+    def active(self) -> contextlib.AbstractContextManager[None]:
         """A context in which `values` may be called: the value adapter is active."""
         return self.backbone.role(VALUE)
 
@@ -122,7 +124,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         self,
         *,
         critic: Critic | SharedCritic,
-        reference: Any,
+        reference: Module | None,
         controller: KLController,
         settings: Settings,
         ptx: Iterator[dict[str, Tensor]] | None = None,
@@ -191,7 +193,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         self.model.train(training)
         return old.float(), reference.float(), values
 
-    def _log_probs(self, model: Any, ids: Tensor, seen: Tensor, t: int) -> Tensor:
+    def _log_probs(self, model: Module, ids: Tensor, seen: Tensor, t: int) -> Tensor:
         size = self.args.per_device_train_batch_size
         return self.token_log_probs(model, ids, seen, t, batch_size=size)
 
@@ -215,13 +217,15 @@ class PPOTrainer(Rollouts, GRPOTrainer):
             return {name: parameter for name, parameter in named.items() if f".{POLICY}." in name}
         return {name: parameter for name, parameter in named.items() if not name.startswith(f"{Critic.PART}.")}
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Create the optimizer for policy and value function, also after a checkpoint's adapters were loaded."""
         if self.critic.separate:
             self.critic.backbone.as_policy()
         return super().create_optimizer(*args, **kwargs)
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """As in GRPOTrainer, plus a separate backward pass for the value loss if the critic is an adapter of the
         backbone. DDP expects one forward pass through its wrapper, so gradients are all-reduced here instead."""
         state, last = self.accelerator.gradient_state, self.accelerator.sync_gradients
@@ -239,7 +243,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
                     parameter.grad /= self.accelerator.num_processes
         return loss
 
-    def policy_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def policy_loss(self, model: Module, inputs: dict[str, Any]) -> Tensor:
         """Clipped policy loss + c·clipped value loss + γ·LM loss on pretraining rows, each a mean over all ranks."""
         loss = super().policy_loss(model, inputs)
         if self.critic.separate:

@@ -2,7 +2,7 @@
 
     align rloo recipe=demo.yaml
 
-arXiv 2402.14740, on TRL's trainer, with the rewards, sampling, guards and checkpoints of `align ppo`. There is no
+arXiv 2402.14740, on TRL's trainer, with the rewards, sampling, guards and checkpoints of `align ppo`. It has no
 value function; the KL to the reference is subtracted from the score of the whole response.
 """
 

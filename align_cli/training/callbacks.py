@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 from align_cli import distributed
@@ -58,7 +66,7 @@ class ProgressLine(TrainerCallback):
     def __init__(self, label: str, metrics: Metrics, console: Console):
         self.label, self.metrics, self.console = label, metrics, console
         self.bar: Progress | None = None
-        self.task: Any = None
+        self.task: TaskID | None = None
         self.due = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -10,11 +10,12 @@ Shapes: b groups.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import Trainer
 
 from align_cli import distributed
@@ -23,6 +24,10 @@ from align_cli.compat.trl_private import set_trained_tokens
 from align_cli.model.reward_head import takes_4d_masks
 from align_cli.training import layout as layouts
 from align_cli.training.layout import Packed, Row
+
+Figures = TypeVar("Figures")
+"""What a method notes of a micro-batch."""
+Value = TypeVar("Value")
 
 AGREE = 0.05
 """Relative difference up to which the outputs of both layouts count as equal. bfloat16 rounding is about 0.01."""
@@ -40,7 +45,7 @@ def collate(rows: list[Row]) -> dict[str, Batch]:
     return {"groups": Batch(rows)}
 
 
-class StepTrainer(Trainer):
+class StepTrainer(Trainer, Generic[Figures]):
     """A trainer over groups. Subclasses compute the losses of a micro-batch."""
 
     loss_is_scaled_for_ga = True
@@ -65,21 +70,21 @@ class StepTrainer(Trainer):
         """(b,) weight of each group in the mean."""
         return torch.ones(len(rows))
 
-    def losses(self, model: Any, rows: list[Row]) -> tuple[Tensor, Any]:
+    def losses(self, model: Module, rows: list[Row]) -> tuple[Tensor, Figures]:
         """(b,) losses of a micro-batch, and its metrics for `note`."""
         raise NotImplementedError
 
-    def note(self, figures: Any, rows: list[Row]) -> None:
+    def note(self, figures: Figures, rows: list[Row]) -> None:
         """Accumulate the metrics of a micro-batch for the next log."""
         raise NotImplementedError
 
-    def probe(self, model: Any, packed: Packed, rows: list[Row]) -> Tensor:
+    def probe(self, model: Module, packed: Packed, rows: list[Row]) -> Tensor:
         """The output that must agree between both layouts for the shared one to be used."""
         raise NotImplementedError
 
     # -- layout
 
-    def settled(self, model: Any, rows: list[Row]) -> str:
+    def settled(self, model: Module, rows: list[Row]) -> str:
         """The layout in use. `auto` runs both on the first group and keeps the shared one if the outputs agree."""
         if self.layout != "auto":
             return self.layout
@@ -100,13 +105,15 @@ class StepTrainer(Trainer):
             self.say("this model's attention does not support 4-D masks: the prompt is computed anew for each response")
         return self.layout
 
-    def packed(self, model: Any, rows: list[Row]) -> Packed:
+    def packed(self, model: Module, rows: list[Row]) -> Packed:
         """A micro-batch of these groups, in the layout in use."""
         return layouts.LAYOUTS[self.settled(model, rows)](rows, self.pad, self.args.device)
 
     # -- training
 
-    def training_step(self, model: Any, inputs: dict[str, Batch], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: Module, inputs: dict[str, Batch], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Forward and backward over one optimizer step's groups. Returns the loss, scaled so that its mean over ranks
         is the mean over groups."""
         model.train()
@@ -137,7 +144,7 @@ class StepTrainer(Trainer):
         return [(part, 1.0) for part in parts] + [(parts[-1], 0.0)] * (most - len(parts))
 
     @contextlib.contextmanager
-    def _synchronizing(self, model: Any, last: bool):
+    def _synchronizing(self, model: Module, last: bool) -> Iterator[None]:
         """A context in which gradients are exchanged, and DeepSpeed steps, only after the last micro-batch."""
         state = self.accelerator.gradient_state
         exchange_gradients(state, last)
@@ -149,13 +156,13 @@ class StepTrainer(Trainer):
     def _summed(self, value: Tensor) -> float:
         return self.accelerator.reduce(value.to(self.args.device), "sum").item()
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: dict[str, Batch]) -> int:
         return 0
 
     # -- evaluation
 
     @torch.no_grad()
-    def measured(self, rows: list[Row], measure: Callable[[Any, list[Row]], list[Any]]) -> list[Any]:
+    def measured(self, rows: list[Row], measure: Callable[[Module, list[Row]], list[Value]]) -> list[Value]:
         """The result of `measure(model, groups)` for every group, in the order of `rows`, identical on every rank."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = list(range(rank, len(rows), ranks)) or [0]
@@ -164,7 +171,7 @@ class StepTrainer(Trainer):
         model.eval()
         with self.compute_loss_context_manager():
             self.settled(model, [rows[mine[0]]])
-            own: dict[int, Any] = {}
+            own: dict[int, Value] = {}
             for part, real in self._even(layouts.fill([rows[at] for at in mine], self.layout, self.batch_tokens)):
                 values = measure(model, [rows[mine[at]] for at in part])
                 if real:

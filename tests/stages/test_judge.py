@@ -98,7 +98,7 @@ def test_a_killed_round_asks_no_question_twice(folder, served):
     server.dies_after = None
     second = project.align(*words, cwd=folder, env=environment)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "rows are kept from before" in second.stdout
+    assert "rows exist from an earlier attempt" in second.stdout
     # an answer's chunk is asked about as a whole, so that those of the chunk in flight may be asked again
     repeated = [text for text, times in server.asked.items() if times > 1]
     assert len(repeated) <= 6
