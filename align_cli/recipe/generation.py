@@ -1,4 +1,4 @@
-"""How responses are sampled, and models that generate text beside the one that is trained."""
+"""Sampling settings, and generator models other than the trained one."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from align_cli.recipe.sections import Count, Data, Positive, section
 
 @section
 class Generation:
-    """How responses are sampled. Scoring uses the same temperature."""
+    """How responses are sampled. Log-probabilities use the same temperature."""
 
     max_new_tokens: Count = 128
-    """Longest response, in tokens."""
+    """Maximum response length in tokens."""
     temperature: Positive = 1.0
-    """Divides the logits, in sampling and in scoring alike."""
+    """Divides the logits, both when sampling and when computing log-probabilities."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of tokens that holds so much probability."""
+    """Sample from the smallest set of tokens whose total probability reaches top_p; 1.0 uses all tokens."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample from so many most probable tokens; 0 from all."""
+    """Sample from the top_k most probable tokens; 0 uses all tokens."""
     engine: Literal["auto", "hf", "batched", "vllm"] = "auto"
-    """hf: `generate`, every row sampled by a seed of its own, so that ranks and resumed runs agree; batched:
-    transformers' continuous batching; vllm: colocated, or a server with trainer.vllm_mode. auto is hf."""
+    """hf: `generate` with a seed per row, so that samples do not depend on the number of ranks or on resuming; batched:
+    transformers' continuous batching; vllm: colocated, or a server set by trainer.vllm_mode. auto: hf."""
     batch: Count = 64
-    """Prompts that are answered at a time on a device (hf)."""
+    """Prompts per generation batch on each device (hf only)."""
 
 
 def room_rules(generation: Generation, data: Data) -> Iterator[tuple[str, str]]:
-    """What is wrong where prompt and response do not fit into data.max_length."""
+    """Problems of a data.max_length that cannot fit a prompt and a response."""
     room = data.max_length - generation.max_new_tokens
     if room < 1:
         yield (
@@ -50,49 +50,49 @@ def room_rules(generation: Generation, data: Data) -> Iterator[tuple[str, str]]:
 
 @section
 class Price:
-    """What an endpoint's tokens cost, for the sum in the manifest."""
+    """Token prices of an endpoint, for the cost reported in the manifest."""
 
     prompt: Annotated[float, Field(ge=0)] = 0.0
-    """A million prompt tokens, in the currency you like."""
+    """Price per million prompt tokens, in any currency."""
     completion: Annotated[float, Field(ge=0)] = 0.0
-    """A million generated tokens."""
+    """Price per million generated tokens, in the same currency."""
 
 
 @section
 class GeneratorSource:
-    """A model beside the one that is trained: a local one (`path`), or one behind an OpenAI-compatible API."""
+    """A model that generates or judges text: local (`path`), or behind an OpenAI-compatible API (`endpoint`)."""
 
     path: str | None = None
-    """A directory, a finished run or a hub id; in memory while it is used."""
+    """A directory, a finished run or a hub id; the model is loaded only while it is used."""
     chat_template: str | None = None
-    """As model.chat_template, for a local model whose tokenizer has none."""
+    """Same as model.chat_template, for a local model whose tokenizer has no template."""
     endpoint: str | None = None
-    """Base address of an OpenAI-compatible API, such as http://localhost:8000/v1."""
+    """Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1."""
     model: str | None = None
     """The model's name at the endpoint."""
     key_env: str | None = None
-    """Name of the environment variable that holds the key; the key itself is written nowhere."""
+    """Environment variable that holds the API key. The key itself is never written to disk."""
     concurrency: Count = 8
-    """Requests under way at a time, over all ranks."""
+    """Maximum concurrent requests over all ranks."""
     retries: Annotated[int, Field(ge=0)] = 6
-    """How often a request is sent again after a rate limit (429), an error of the server, a time-out or an answer that
-    was cut off, after 1, 2, 4, … seconds or as long as the server asks for."""
+    """Maximum retries of a request after a rate limit (429), server error, timeout or truncated HTTP response. The
+    delays are 1, 2, 4, … seconds, or as long as the server asks for."""
     timeout: Positive = 120.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for a response."""
     price: Price | None = None
-    """For the cost in the manifest."""
+    """Token prices; null: the manifest reports no cost."""
 
     def problems(self, key: str) -> Iterator[tuple[str, str]]:
         if (self.path is None) == (self.endpoint is None):
-            yield key, "names a local model or an endpoint, not both and not neither; set path or endpoint"
+            yield key, "needs exactly one of a local model and an endpoint; set path or endpoint"
         if self.endpoint is not None and not re.match(r"https?://[^\s/]+", self.endpoint):
-            yield f"{key}.endpoint", "is not an address; write it with its scheme, such as http://localhost:8000/v1"
+            yield f"{key}.endpoint", "is not a URL; write it with its scheme, such as http://localhost:8000/v1"
         if self.endpoint is not None and self.model is None:
             yield f"{key}.model", "is missing; name the model that the endpoint serves"
         if self.endpoint is not None and re.search(r"//[^/]*@|[?&]\w*key=", self.endpoint):
-            yield f"{key}.endpoint", "holds a secret; put the key into an environment variable and name it in key_env"
+            yield f"{key}.endpoint", "contains a secret; put the key in an environment variable and name it in key_env"
         if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
-            # not shown: people paste the key itself
+            # the value is not shown, since users paste the key itself
             yield (
                 f"{key}.key_env",
                 "is not the name of an environment variable; write the variable's name, never the key",
@@ -100,17 +100,17 @@ class GeneratorSource:
         if self.endpoint is None:
             for name in ("model", "key_env", "price"):
                 if getattr(self, name) is not None:
-                    yield f"{key}.{name}", "is for an endpoint; remove it, or set endpoint"
+                    yield f"{key}.{name}", "applies only to an endpoint; remove it, or set endpoint"
 
     def environment_problems(self, key: str) -> list[str]:
-        """A line if the environment lacks the key that the endpoint needs; `key` is where the recipe has the source."""
-        # key_env may hold the key itself by mistake; `problems` says so without showing it
+        """A line if the endpoint's API key is missing from the environment. `key` is the recipe key of the source."""
+        # key_env may contain the key itself by mistake; `problems` reports that without showing it
         if re.fullmatch(r"\w+", self.key_env or "") and not os.environ.get(self.key_env):
             return [f"{key}.key_env: {self.key_env} is not set; put the endpoint's key into that environment variable"]
         return []
 
     def cost(self, used: dict[str, int]) -> float | None:
-        """What counted tokens cost at the recipe's price; None without one."""
+        """Cost of the counted tokens at the recipe's price; None without a price."""
         if self.price is None:
             return None
         paid = used.get("prompt_tokens", 0) * self.price.prompt

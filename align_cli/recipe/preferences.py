@@ -1,4 +1,4 @@
-"""The sections of the methods that learn from preferences: DPO (offline and in rounds), SPIN, ORPO, SimPO and KTO."""
+"""The sections of the preference methods: DPO (offline and in rounds), SPIN, ORPO, SimPO and KTO."""
 
 from __future__ import annotations
 
@@ -52,40 +52,41 @@ class DpoMethod:
     loss: Annotated[
         list[DPO_LOSSES], BeforeValidator(_as_losses, json_schema_input_type=DPO_LOSSES | list[DPO_LOSSES])
     ] = Field(default_factory=lambda: ["sigmoid"], min_length=1)
-    """Loss, or a list of losses that are added up with `loss_weights`."""
+    """A loss, or a list of losses that are summed with `loss_weights`."""
     loss_weights: list[float] | None = None
-    """One weight a loss; null weighs all by 1."""
+    """One weight per loss; null: all weights are 1."""
     beta: Positive = 0.1
-    """Strength of the pull to the reference (β in eq. 7; τ for ipo)."""
+    """Strength of the KL constraint to the reference (β in eq. 7; τ for ipo)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed probability that a label is flipped; used by cdpo, robust, exo_pair, aot and aot_unpaired."""
+    """Assumed probability that a label is flipped; for cdpo, robust, exo_pair, aot and aot_unpaired."""
     pairs: Literal["best-worst", "best-random", "all", "adjacent"] = "best-worst"
-    """Which pairs a ranking of K > 2 gives: the best with the worst or with one drawn from the others, all K(K-1)/2,
-    or K-1 neighbours. Equal scores make no pair."""
+    """Which pairs to build from a ranking of K > 2 responses: the best and the worst, the best and a random other one,
+    all K(K-1)/2, or the K-1 adjacent ones. Responses with equal scores are not paired."""
     precompute_reference: bool = False
-    """Compute the reference's log-probabilities once, keep them on disk for later runs, and hold one model less."""
+    """Compute the reference's log-probabilities once and cache them on disk, so that training holds one model fewer."""
     rounds: Count | None = None
-    """Iterative DPO (RLHF Workflow, arXiv 2405.07863): so many rounds, each a run directory of its own. A round answers
-    fresh prompts of data.train with the policy as it then is, scores the answers with `reward`, and trains on the pairs
-    with its own start as reference, unless `reference` names another. null: data.train holds preferences."""
+    """Number of rounds of iterative DPO (RLHF Workflow, arXiv 2405.07863), each with its own run directory. A round
+    answers fresh prompts of data.train with the current policy, scores the answers with `reward`, and trains on the
+    resulting pairs. Its reference is the policy at the start of the round, unless `reference` is set. null: offline
+    DPO, where data.train holds preferences."""
     prompts: Count | None = None
-    """Prompts a round; null shares those of data.train out equally."""
+    """Prompts per round; null: split those of data.train equally between the rounds."""
     fresh: Literal["slices", "sources"] = "slices"
-    """Where a round's prompts come from. slices: disjoint, seeded parts of data.train; sources: round n takes the n-th
-    source of data.train."""
+    """Source of a round's prompts. slices: disjoint, seeded parts of data.train; sources: round n uses the n-th source
+    of data.train."""
     k: Annotated[int, Field(ge=2)] = 4
-    """Answers to a prompt, in rounds."""
+    """Answers per prompt in a round."""
     min_gap: Annotated[float, Field(ge=0)] = 0.0
-    """By how much the scores of a pair must differ, in rounds; at 0 only equal ones make none."""
+    """In rounds, two answers are paired only if their scores differ by more than this; 0 excludes only ties."""
     missing_eos: float | None = -1.0
-    """Score of an answer that does not end, in place of the reward model's; such an answer is never the better one of a
-    pair. null treats it as any other."""
+    """In rounds, the score of a truncated answer (no end token), which replaces its own score; a truncated answer is
+    never the chosen one of a pair. null: treat it like any other answer."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
             yield (
                 "method.loss_weights",
-                f"has {len(self.loss_weights)} weights for {len(self.loss)} losses; give one each",
+                f"has {len(self.loss_weights)} weights for {len(self.loss)} losses; give one per loss",
             )
         if "exo_pair" in self.loss and self.label_smoothing == 0:
             yield "method.label_smoothing", "must be above 0 for exo_pair; the paper uses 1e-3"
@@ -95,26 +96,26 @@ class DpoMethod:
 
 @section
 class SpinMethod:
-    """Self-play fine-tuning (arXiv 2401.01335, eq. 4.7): the human reply against the previous iterate's own."""
+    """Self-play fine-tuning (arXiv 2401.01335, eq. 4.7): prefers human replies to those of the previous iterate."""
 
     iterations: Count = 3
-    """Iterations, counted from 0 as in the paper, each a run directory of its own."""
+    """Number of iterations, each with its own run directory; they are numbered from 0 as in the paper."""
     beta: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.1
-    """Strength of the pull to the previous iterate (λ in the paper), or one for each iteration."""
+    """Strength of the KL constraint to the previous iterate (λ in the paper): one value, or one per iteration."""
     learning_rate: Positive | Annotated[list[Positive], Field(min_length=1)] | None = None
-    """Learning rate, or one for each iteration; null: trainer.learning_rate in all of them."""
+    """Learning rate: one value, or one per iteration. null: trainer.learning_rate."""
     prompts: Count | None = None
-    """Demonstrations that are replied to, a seeded choice that is the same in every iteration; null all."""
+    """Number of demonstrations to use, a seeded choice that is the same in every iteration; null: all."""
     mix_previous: bool = True
-    """Train on the pairs of the iteration before, too: the paper doubles its data so."""
+    """Also train on the previous iteration's pairs, as in the paper, which doubles the data."""
     stop_when_alike: bool = True
-    """End after an iteration whose trained model cannot tell human replies from its start's: accuracy on held-out pairs
-    not above ½ by more than its standard error. Needs data.eval."""
+    """Stop after an iteration whose accuracy on held-out pairs exceeds ½ by at most its standard error: the trained
+    model cannot tell human replies from those of its initial policy. Requires data.eval."""
     precompute_reference: bool = False
-    """Compute the reference's log-probabilities before an iteration's training, and hold one model less."""
+    """Compute the reference's log-probabilities before each training, so that training holds one model fewer."""
 
     def at(self, iteration: int) -> tuple[float, float | None]:
-        """β and learning rate of an iteration, the latter None where the trainer's own holds."""
+        """(β, learning rate) of an iteration; the rate is None if trainer.learning_rate applies."""
         beta, rate = (
             value[iteration] if isinstance(value, list) else value for value in (self.beta, self.learning_rate)
         )
@@ -131,20 +132,20 @@ class SpinMethod:
 
 
 def sampling_rules(generation: Generation, data: Data, where: str) -> Iterator[tuple[str, str]]:
-    """What concerns sampling between trainings: its engine, and room for an answer."""
+    """Problems of sampling between trainings: the engine, room for an answer, streaming."""
     yield from room_rules(generation, data)
     if generation.engine not in ("auto", "hf"):
-        yield "generation.engine", f"is {generation.engine}, but {where} sample by hf; set generation.engine=auto"
+        yield "generation.engine", f"is {generation.engine}, but {where} support only hf; set generation.engine=auto"
     if data.streaming:
-        yield "data.streaming", f"is not for {where}, which choose from whole sources; remove it"
+        yield "data.streaming", f"does not work with {where}, which choose rows from whole sources; remove it"
 
 
 @section
 class ReferenceRecipe(Recipe):
-    """Stages whose loss may compare with a reference."""
+    """Stages whose loss may use a reference model."""
 
     reference: OtherModel | None = None
-    """Default: the starting policy."""
+    """Reference model. Default: the initial policy."""
 
     def reference_path(self) -> str | None:
         return self.reference.path if self.reference else None
@@ -156,15 +157,16 @@ class DpoRecipe(ReferenceRecipe):
 
     stage: ClassVar[str] = "dpo"
     reference: OtherModel | None = None
-    """Default: the starting policy; with method.rounds, each round's start."""
+    """Reference model. Default: the initial policy; with method.rounds, the policy at the start of each round."""
     method: DpoMethod = Field(default_factory=DpoMethod)
     reward: Rewards | None = None
-    """What scores the answers of method.rounds: a finished `align rm` run, or several with weights."""
+    """Scores the answers of method.rounds: a finished `align rm` run, a judge, or a weighted list of rewards."""
     gold: Gold = None
-    """A held-out reward model that is watched between rounds and never optimised."""
+    """A held-out reward model whose score is logged between rounds but not optimised."""
     generation: Generation = Field(default_factory=Generation)
     guards: list[Guard] = Field(default_factory=list)
-    """Watchers of a round's answers, before it trains. Patience counts rounds; raise_kl raises β from that round on."""
+    """Guards on the metrics of a round's answers, checked before the round trains. Patience counts rounds; raise_kl
+    raises β from that round on."""
 
     def row_kind(self) -> RowKind:
         return "prompts" if self.method.rounds is not None else "preferences"
@@ -196,22 +198,22 @@ class DpoRecipe(ReferenceRecipe):
         if rounds is None:
             for key, given in (("reward", self.reward), ("gold", self.gold), ("guards", self.guards)):
                 if given:
-                    yield key, f"has no use on given preferences; set method.rounds to sample, or remove {key}"
+                    yield key, f"has no effect in offline DPO; set method.rounds, or remove {key}"
             return
         yield from sampling_rules(self.generation, self.data, "rounds")
         if self.reward is None:
             yield (
                 "reward",
-                "is missing, and rounds score their own answers; name a finished `align rm` run, such as "
+                "is missing, but method.rounds needs it to score answers; name a finished `align rm` run, such as "
                 "${stage:rm}, or a judge",
             )
         if isinstance(self.data.eval, float):
-            yield "data.eval", "is a share of prompts, which hold no preferences; name preferences to watch, or null"
+            yield "data.eval", "is a fraction of prompts, but evaluation needs preferences; name a source, or set null"
         sources = len(self.data.train)
         if self.method.fresh == "sources" and sources != rounds:
             yield (
                 "data.train",
-                f"names {sources} sources for {rounds} rounds; give one each, or set method.fresh=slices",
+                f"names {sources} sources for {rounds} rounds; give one per round, or set method.fresh=slices",
             )
         yield from reward_rules(self.reward or [], rounds=True)
         yield from guard_rules(self.guards, self.gold)
@@ -239,97 +241,98 @@ class SpinRecipe(Recipe):
         if self.method.stop_when_alike and self.data.eval is None:
             yield (
                 "data.eval",
-                "is missing: whether replies can still be told apart shows on held-out ones; set data.eval=0.05, or "
+                "is missing, but method.stop_when_alike needs held-out replies; set data.eval=0.05, or "
                 "method.stop_when_alike=false",
             )
         if self.method.learning_rate is not None and "learning_rate" in self.trainer:
-            yield "trainer.learning_rate", "stands beside method.learning_rate; keep one of the two"
+            yield "trainer.learning_rate", "is set together with method.learning_rate; keep one of the two"
 
 
 Weight = Annotated[float, Field(ge=0)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 Pairs = Literal["best-worst", "all", "adjacent"]
 REFERENCED = ("dpo", "dpo-norm")
-"""Losses that compare with a reference, and so hold a second model."""
+"""Losses that need a reference model."""
 
 
 @section
 class PreferenceLoss:
-    """A loss that is added to a method's own."""
+    """A loss added to the loss of the method."""
 
     loss: Literal["nll", "odds-ratio", "simpo", "cpo", "dpo", "dpo-norm"]
     """nll: -l̄p of the chosen response; odds-ratio: ORPO's second term; simpo; cpo: -log σ(β(lp_w - lp_l)), arXiv
-    2401.08417; dpo; dpo-norm: DPO on means a token. The last two hold a reference."""
+    2401.08417; dpo; dpo-norm: DPO on mean log-probabilities per token. dpo and dpo-norm load a reference model."""
     weight: Weight = 1.0
-    """What it counts for in the sum."""
+    """Weight in the sum of losses."""
     beta: Positive = 0.1
-    """β of simpo, cpo, dpo and dpo-norm."""
+    """β, for simpo, cpo, dpo and dpo-norm."""
     gamma_ratio: Weight = 0.0
-    """γ/β of simpo."""
+    """γ/β, for simpo."""
     label_smoothing: Smoothing = 0.0
     """Assumed probability that a label is flipped; for simpo, cpo, dpo and dpo-norm."""
 
 
 @section
 class PairMethod:
-    """What losses over pairs of responses share."""
+    """Settings shared by losses on pairs of responses."""
 
     pairs: Pairs = "best-worst"
-    """Which pairs a ranking of K > 2 gives: one, all K(K-1)/2, or K-1 neighbours."""
+    """Which pairs to build from a ranking of K > 2 responses: the best and the worst, all K(K-1)/2, or the K-1 adjacent
+    ones."""
     also: list[PreferenceLoss] = Field(default_factory=list)
-    """Losses added to the method's own, such as {loss: nll, weight: 0.1}."""
+    """Losses added to the loss of the method, such as {loss: nll, weight: 0.1}."""
     layout: Literal["auto", "shared", "rows"] = "auto"
-    """shared: the prompt goes through the model once for both of its responses (4-D mask); rows: once for each. auto
-    tries shared on the first pair, and keeps it if the model gives the same."""
+    """shared: one forward pass of the prompt for both responses (4-D mask); rows: one per response. auto: compare the
+    two on the first pair, and use shared if the results agree."""
     batch_tokens: Count | None = None
-    """Tokens, padding included, that go through the model at a time on a device. Memory follows from it, the result
-    does not. null: 16384 on a GPU, 2048 without one."""
+    """Maximum tokens (padding included) per forward pass on each device. It affects memory, not the result. null: 16384
+    on a GPU, 2048 on a CPU."""
 
     def terms(self) -> list[PreferenceLoss]:
         """Every loss of the mixture."""
         return list(self.also)
 
     def needs_reference(self) -> bool:
-        """Whether a loss of the mixture compares with a reference."""
+        """Whether a loss of the mixture needs a reference model."""
         return any(term.loss in REFERENCED and term.weight for term in self.terms())
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if not any(term.weight for term in self.terms()):
-            yield "method.weight", "is 0, and no loss is left; raise it, or name another under method.also"
+            yield "method.weight", "is 0, so no loss remains; raise it, or add a loss to method.also"
         names = [term.loss for term in self.terms()]
         for name in sorted({name for name in names if names.count(name) > 1}):
-            yield "method.also", f"makes {name} stand in the mixture twice; give each loss once, with its weight"
+            yield "method.also", f"repeats the loss {name}; give each loss once, with its weight"
 
 
 @section
 class OrpoMethod(PairMethod):
-    """Odds ratio preference optimization: NLL(chosen) - α·log σ(log odds ratio) (arXiv 2403.07691, eq. 6). No
-    reference, and no SFT stage before it."""
+    """Odds ratio preference optimization: NLL(chosen) - α·log σ(log odds ratio) (arXiv 2403.07691, eq. 6). It
+    needs no reference model and no SFT stage before it."""
 
     alpha: Weight = 0.1
     """Weight of the odds-ratio term: λ in the paper, beta in TRL."""
 
     def terms(self) -> list[PreferenceLoss]:
-        """NLL, the odds ratio, and what was added."""
+        """NLL, the odds ratio, and the losses of `also`."""
         return [PreferenceLoss(loss="nll"), PreferenceLoss(loss="odds-ratio", weight=self.alpha), *self.also]
 
 
 @section
 class SimpoMethod(PairMethod):
-    """Simple preference optimization: -log σ(β(l̄p_w - l̄p_l) - γ), l̄p the mean log-probability a token (arXiv
-    2405.14734, eq. 6). No reference."""
+    """Simple preference optimization: -log σ(β(l̄p_w - l̄p_l) - γ), where l̄p is the mean log-probability
+    per token (arXiv 2405.14734, eq. 6). It needs no reference model."""
 
     beta: Positive = 2.0
     """β, the scale of the reward."""
     gamma_ratio: Weight = 0.5
-    """γ/β, as the paper's table quotes it: the margin in mean log-probability a token."""
+    """γ/β, as in the paper's table: the margin in mean log-probability per token."""
     label_smoothing: Smoothing = 0.0
     """Assumed probability that a label is flipped."""
     weight: Weight = 1.0
-    """Weight of SimPO's own loss; 0 leaves the losses of `also` alone, so that CPO, say, can be run by itself."""
+    """Weight of the SimPO loss; 0 trains on the losses of `also` only, for example on CPO alone."""
 
     def terms(self) -> list[PreferenceLoss]:
-        """SimPO and what was added."""
+        """SimPO and the losses of `also`."""
         own = PreferenceLoss(
             loss="simpo",
             weight=self.weight,
@@ -345,7 +348,7 @@ class PairRecipe(ReferenceRecipe):
     """Stages whose loss is a function of a pair's log-probabilities."""
 
     reference: OtherModel | None = None
-    """For losses that compare with one; default: the starting policy."""
+    """Reference model, for losses that need one. Default: the initial policy."""
     method: PairMethod
 
     def pairing(self) -> str:
@@ -361,11 +364,11 @@ class PairRecipe(ReferenceRecipe):
         if self.reference is not None and not self.needs_reference():
             yield (
                 "reference",
-                "is used by no loss of this recipe; remove it, or add one that compares with it, such as "
+                "is not used by any loss of this recipe; remove it, or add a loss that needs it, such as "
                 "method.also=[{loss: dpo}]",
             )
         if self.data.streaming:
-            yield "data.streaming", "does not work here: steps are filled from pairs in memory; remove it"
+            yield "data.streaming", "does not work here: batches are filled from pairs in memory; remove it"
 
 
 @section
@@ -386,18 +389,19 @@ class SimpoRecipe(PairRecipe):
 
 @section
 class KtoMethod:
-    """Kahneman-Tversky optimization: single responses that are good or bad (arXiv 2402.01306, eq. 7, 8)."""
+    """Kahneman-Tversky optimization on single responses labelled good or bad (arXiv 2402.01306, eq. 7, 8)."""
 
     loss: Literal["kto", "apo-zero"] = "kto"
-    """apo-zero is the unpaired form of APO (arXiv 2408.06266), which needs no estimate of the KL."""
+    """apo-zero: the unpaired form of APO (arXiv 2408.06266), which needs no KL estimate."""
     beta: Positive = 0.1
-    """β: how soon a response counts as good or bad enough."""
+    """β: how quickly the loss saturates as a response's implied reward grows; higher is faster."""
     desirable_weight: Positive = 1.0
-    """λ_D. Eq. 8 wants λ_D·n_D / (λ_U·n_U) between 1 and 4/3, n being the rows of each kind."""
+    """λ_D. Eq. 8 recommends λ_D·n_D / (λ_U·n_U) between 1 and 4/3, where n is the number of rows of each kind."""
     undesirable_weight: Positive = 1.0
     """λ_U."""
     split: Literal["best-worst", "best-rest"] = "best-worst"
-    """What a ranking gives: its best response as a good one, and as bad ones its worst, or all that are worse."""
+    """How a ranking becomes labels: its best response is good; best-worst: its worst is bad; best-rest: all
+    worse ones are bad."""
 
 
 @section
@@ -415,18 +419,18 @@ class KtoRecipe(ReferenceRecipe):
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.data.streaming:
-            yield "data.streaming", "does not work in kto, which pairs rows with their neighbours; remove it"
+            yield "data.streaming", "does not work in kto, which pairs each row with its neighbour; remove it"
         rows = (self.trainer.get("per_device_train_batch_size"), self.data.batch_size)
         if self.method.loss == "kto" and 1 in rows:
             yield (
                 "data.batch_size",
-                "must leave each device two rows or more, between which the KL is estimated; raise it",
+                "must give each device two rows or more, between which the KL is estimated; raise it",
             )
 
     def batch_problems(self, per_device: int, ranks: int) -> Iterator[tuple[str, str]]:
         if self.method.loss == "kto" and per_device < 2:
             yield (
                 "data.batch_size",
-                f"leaves each of {ranks} ranks one row at a time, and kto estimates the KL between two or more; set "
+                f"gives each of {ranks} ranks one row per step, but kto estimates the KL between two or more; set "
                 f"data.batch_size={2 * ranks} or a multiple",
             )

@@ -1,4 +1,4 @@
-"""Where rewards come from, and the guards that watch what optimising them does."""
+"""Reward sources, and the guards that monitor a run for collapse and over-optimisation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from align_cli.recipe.sections import Count, Positive, as_source, section
 
 @section
 class Verify:
-    """A reward that is checked, not learned: 1 for a response that is right, 0 for any other."""
+    """A verifiable reward: 1 for a correct response, 0 for any other."""
 
     kind: Literal["exact", "numeric", "regex", "json-schema"]
-    """exact: the same text, white space apart; numeric: the same last number; regex: the cell's pattern is found;
-    json-schema: JSON, bare or in a fenced block, that the cell's schema allows (draft 2020-12 unless it
-    names another, formats included)."""
+    """When a response is correct. exact: same text, ignoring whitespace; numeric: same last number; regex: the pattern in
+    the column matches; json-schema: JSON, bare or in a fenced block, that is valid under the schema in the column
+    (draft 2020-12 unless the schema names another; formats are checked)."""
     column: str
-    """Column of the data that holds what is right."""
+    """Data column with the correct answer, pattern or schema."""
     extract: str | None = None
-    """Pattern whose last match in the response, its first group if it has one, is what is compared. null: all of it."""
+    """Pattern that extracts the text to compare: the last match in the response, or its first group if the pattern has
+    one. null: compare the whole response."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         try:
@@ -34,55 +35,52 @@ class Verify:
 
 @section
 class RewardSource:
-    """Where a response's reward comes from."""
+    """A source of rewards: exactly one of path, verify, python and judge."""
 
     path: str | None = None
     """A finished `align rm` run."""
     verify: Verify | None = None
-    """In place of a run: compare the response with a column of the data."""
+    """Instead of a run: compare the response with a data column."""
     python: str | None = None
-    """In place of a run: `module:function`, called as function(prompts, responses) with lists of messages and of texts,
-    giving a number a response. Runs only if the command was given --allow-code."""
+    """Instead of a run: `module:function`, called as function(prompts, responses) with a list of message lists and a list
+    of texts; returns one number per response. Requires --allow-code."""
     judge: OptionalGenerator = None
-    """In place of a run, in rounds of DPO: compare a prompt's answers with each other, each two in both orders. An
-    answer's reward is the mean probability that it is the better one."""
+    """Instead of a run, for method.rounds of DPO: a judge compares all pairs of a prompt's answers, each in both orders.
+    An answer's reward is its mean probability of being the better one."""
     constitution: str = "default"
-    """For a judge: a YAML file of principles, or the name of one in recipes/constitution; one is drawn for each
-    prompt."""
+    """For a judge: a YAML file of principles, or the name of a file in recipes/constitution. One principle is drawn for
+    each prompt."""
     principles: Annotated[list[str], Field(min_length=1)] | None = None
-    """For a judge: names of the principles that are drawn from; null: all, for which the prompts should be of one
-    kind."""
+    """For a judge: ids of the principles to draw from. null: all, in which case the prompts should be of one kind
+    (red-team or harmless)."""
     chat_template: str | None = None
-    """As model.chat_template, for a reward model whose tokenizer has none."""
+    """Same as model.chat_template, for a reward model whose tokenizer has no template."""
     weight: float = 1.0
-    """Rewards of several sources are added up with these."""
+    """Weight in the sum of several rewards."""
     aggregate: Literal["mean", "worst", "minus-std"] = "mean"
-    """How an ensemble's scores become one: their mean, the worst, or mean - k·std (arXiv 2310.02743)."""
+    """How to combine an ensemble's scores: mean, worst, or mean - k·std (arXiv 2310.02743)."""
     k: Positive = 1.0
-    """For minus-std."""
+    """k of minus-std."""
     normalize: bool = True
-    """Subtract the shift and divide by the standard deviation that the run's manifest holds."""
+    """Subtract the mean and divide by the standard deviation that are stored in the manifest of the reward model."""
     clip: Positive | None = None
-    """Scores beyond ±clip, after normalization, count as ±clip."""
+    """Clip scores to ±clip after normalization; null: no clipping."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
-            finding = f"and {' and '.join(given[1:])} both say" if given else "or verify, python or judge must say"
-            yield (
-                given[0] if given else "path",
-                f"{finding} where the reward comes from; give one of them, and null for any other",
-            )
+            finding = f"is set together with {' and '.join(given[1:])}" if given else "is missing"
+            yield given[0] if given else "path", f"{finding}; set exactly one of {', '.join(SOURCES)}"
         if self.verify is not None:
             yield from self.verify.rules()
         if self.judge is not None:
             yield from self.judge.problems("judge")
         elif self.principles is not None:
-            yield "principles", "is for a judge; remove it, or set judge"
+            yield "principles", "applies only to a judge; remove it, or set judge"
 
 
 SOURCES = ("path", "verify", "python", "judge")
-"""Fields of a reward that say where it comes from."""
+"""Fields of a reward, of which exactly one must be set."""
 
 
 def _as_rewards(value: Any) -> Any:
@@ -104,7 +102,7 @@ Act = Literal["warn", "raise_kl", "rollback", "stop"]
 
 @section
 class Guard:
-    """A watcher of one figure of metrics.jsonl."""
+    """A condition on one metric of metrics.jsonl, and what to do when it holds."""
 
     metric: Literal[
         "kl",
@@ -117,19 +115,20 @@ class Guard:
         "reward_spread",
         "nan",
     ]
-    """kl is in nats a sequence; gold_reward is a held-out reward model's; reward_spread an ensemble's; nan is any
-    metric that is NaN or infinite: fires at once and needs no threshold."""
+    """Metric to monitor. kl: nats per sequence; gold_reward: score of the held-out reward model; reward_spread: standard
+    deviation of an ensemble's scores; nan: fires as soon as any metric is NaN or infinite, needs no threshold."""
     above: float | None = None
-    """The figure must not exceed this."""
+    """Fires if the metric is above this value."""
     below: float | None = None
-    """The figure must not fall below this."""
+    """Fires if the metric is below this value."""
     drop: Positive | None = None
-    """The figure must not fall this far below its best, while the reward is at its own best: over-optimisation."""
+    """Fires if the metric is more than this below its best while the reward is at its best, a sign of over-optimisation."""
     act: Act = "warn"
-    """warn: say so; raise_kl: β grows by a half each rollout until the sign is gone, and goes back; rollback: take the
-    best checkpoint's weights and stop; stop: end the run, finished, with the reason in the manifest."""
+    """What to do when the guard fires. warn: print a warning; raise_kl: multiply β by 1.5 after each rollout while the
+    condition holds, then reduce it in the same steps; rollback: restore the best checkpoint and stop; stop: finish the
+    run now, with the reason in the manifest."""
     patience: Count = 3
-    """Rollouts in a row that must show the sign."""
+    """Number of consecutive rollouts for which the condition must hold; nan fires at the first."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.metric != "nan" and self.above is None and self.below is None and self.drop is None:
@@ -137,20 +136,20 @@ class Guard:
 
 
 def guard_rules(guards: list[Guard], gold: RewardSource | None) -> Iterator[tuple[str, str]]:
-    """What concerns guards and what they watch."""
+    """Problems of guards and of the metrics they monitor."""
     for guard in guards:
         yield from guard.rules()
     if any(guard.metric == "gold_reward" for guard in guards) and gold is None:
-        yield "gold", "is missing, and a guard watches gold_reward; name a held-out reward model"
+        yield "gold", "is missing, but a guard monitors gold_reward; name a held-out reward model"
     if gold is not None:
         yield from ((f"gold.{key}", text) for key, text in gold.rules())
         for name in ("verify", "judge"):
             if getattr(gold, name) is not None:
-                yield f"gold.{name}", "is for rewards; name a held-out reward model or a function"
+                yield f"gold.{name}", "works only under reward; name a held-out reward model or a function"
 
 
 def reward_keys(count: int) -> list[str]:
-    """What so many rewards are called in messages."""
+    """The keys of `count` rewards in messages."""
     return [f"reward[{at}]" for at in range(count)] if count > 1 else ["reward"][:count]
 
 
@@ -160,16 +159,16 @@ def keyed(rewards: list[RewardSource] | None) -> list[tuple[str, RewardSource]]:
 
 
 def gold_models(gold: RewardSource | None) -> list[tuple[str, str]]:
-    """(key, path) of the gold reward model, if one is named."""
+    """(key, path) of the gold reward model, if it is a run."""
     return [("gold.path", gold.path)] if gold is not None and gold.path is not None else []
 
 
 def reward_rules(rewards: list[RewardSource], *, rounds: bool = False) -> Iterator[tuple[str, str]]:
-    """What is wrong with each source of reward."""
+    """Problems of each reward source."""
     for place, source in keyed(rewards):
         yield from ((f"{place}.{key}", text) for key, text in source.rules())
         if source.judge is not None and not rounds:
             yield (
                 f"{place}.judge",
-                "compares the answers of a round of DPO (method.rounds); name an `align rm` run here",
+                "works only in `align dpo` with method.rounds; name an `align rm` run here",
             )

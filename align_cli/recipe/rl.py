@@ -1,4 +1,4 @@
-"""The sections of stages that sample from the policy while they train: PPO, RLOO and GRPO."""
+"""The sections of the online stages, which sample from the policy during training: PPO, RLOO and GRPO."""
 
 from __future__ import annotations
 
@@ -39,38 +39,38 @@ class PpoMethod:
     """PPO from a reward model: maximise E[r(x, y)] - β·KL(π‖π_ref) (InstructGPT, arXiv 2203.02155, eq. 2)."""
 
     beta: Annotated[float, Field(ge=0)] = 0.05
-    """β, the price of a nat of KL to the reference. At 0 a policy games its reward."""
+    """KL penalty coefficient β, per nat of KL to the reference. 0 disables the penalty (expect reward hacking)."""
     target_kl: Positive | None = None
-    """Nats a sequence that an adaptive β keeps to (lm-human-preferences uses 6); null keeps β fixed."""
+    """Target KL of an adaptive β, in nats per sequence (lm-human-preferences uses 6); null keeps β fixed."""
     horizon: Count = 10_000
-    """Episodes over which an adaptive β moves."""
+    """Time scale of an adaptive β, in episodes."""
     kl: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the per-token KL in the reward."""
     gamma: Fraction = 1.0
-    """Discount."""
+    """Discount factor γ."""
     lam: Fraction = 0.95
     """λ of generalized advantage estimation (arXiv 1506.02438)."""
     clip: Positive = 0.2
     """ε of the clipped ratio (arXiv 1707.06347)."""
     value_clip: Positive = 0.2
-    """How far a value may move from the rollout's."""
+    """Clip range of the value update: how far a value may move from its value at rollout time."""
     vf_coef: Positive = 0.1
     """Weight of the value loss."""
     epochs: Count = 4
-    """Passes over a rollout."""
+    """Optimization passes over each rollout."""
     minibatches: Count = 1
-    """Optimizer steps a pass; data.batch_size / minibatches episodes in each."""
+    """Optimizer steps per pass, each on data.batch_size / minibatches episodes."""
     whiten: bool = True
-    """Advantages with mean 0 and variance 1 over all ranks."""
+    """Normalize advantages to mean 0 and variance 1 over all ranks."""
     missing_eos: float | None = -1.0
-    """Score of a response that does not end, in place of the reward model's; null leaves the score."""
+    """Score of a truncated response (no end token), which replaces its own score; null: keep its own score."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Taken off the score for every token."""
+    """Penalty per response token, subtracted from the score."""
     ema: Annotated[float | None, Field(gt=0, lt=1)] = None
-    """Decay an update of a moving average of the policy's weights, which the run leaves in place of the last ones
-    (0.992 in InstructGPT, appendix C.4); null leaves the last."""
+    """Decay per update of an exponential moving average of the policy's weights, which is saved instead of the last
+    weights (0.992 in InstructGPT, appendix C.4); null: save the last weights."""
     ptx_coef: Annotated[float, Field(ge=0)] = 0.0
-    """γ of PPO-ptx: weight of the LM loss on `ptx` rows (27.8 in InstructGPT)."""
+    """Coefficient γ of PPO-ptx: weight of the LM loss on `ptx` rows (27.8 in InstructGPT)."""
     ptx: Annotated[Source | None, BeforeValidator(as_source, json_schema_input_type=str | Source | None)] = None
     """Demonstrations for PPO-ptx."""
 
@@ -81,76 +81,77 @@ class PpoMethod:
 
 @section
 class RlooMethod:
-    """REINFORCE, leave-one-out: the other K-1 samples of a prompt are the baseline (arXiv 2402.14740)."""
+    """REINFORCE leave-one-out: the baseline is the mean reward of the prompt's other K-1 samples (arXiv 2402.14740)."""
 
     k: Annotated[int, Field(ge=2)] = 4
-    """Samples a prompt."""
+    """Samples per prompt."""
     beta: Annotated[float, Field(ge=0)] = 0.05
-    """β, the price of a nat of KL to the reference, taken off the score of the whole response."""
+    """KL penalty coefficient β, per nat of KL to the reference, subtracted from the score of the whole response. 0
+    disables the penalty."""
     clip: Positive = 0.2
-    """ε of the clipped sequence ratio, where a rollout is used more than once."""
+    """ε of the clipped sequence ratio; has an effect only if a rollout is used for several optimizer steps."""
     epochs: Count = 1
-    """Passes over a rollout."""
+    """Optimization passes over each rollout."""
     minibatches: Count = 1
-    """Optimizer steps a pass."""
+    """Optimizer steps per pass."""
     normalize_advantages: bool = False
     """Divide advantages by their standard deviation."""
     missing_eos: float | None = -1.0
-    """Score of a response that does not end, in place of the reward model's; null leaves the score."""
+    """Score of a truncated response (no end token), which replaces its own score; null: keep its own score."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Taken off the score for every token."""
+    """Penalty per response token, subtracted from the score."""
     ema: Annotated[float | None, Field(gt=0, lt=1)] = None
-    """Decay an update of a moving average of the policy's weights, which the run leaves in place of the last ones
-    (0.992 in InstructGPT, appendix C.4); null leaves the last."""
+    """Decay per update of an exponential moving average of the policy's weights, which is saved instead of the last
+    weights (0.992 in InstructGPT, appendix C.4); null: save the last weights."""
 
 
 @section
 class GrpoMethod:
-    """Group-relative policy optimization: the other samples of a prompt are the baseline, their spread the scale, and
-    the KL to the reference is in the loss (arXiv 2402.03300, eq. 3)."""
+    """Group-relative policy optimization: an advantage is a reward minus the mean of the prompt's samples, divided by
+    their standard deviation; the KL to the reference is a term of the loss (arXiv 2402.03300, eq. 3)."""
 
     k: Annotated[int, Field(ge=2)] = 8
-    """Samples a prompt."""
+    """Samples per prompt."""
     beta: Annotated[float, Field(ge=0)] = 0.04
-    """β, weight of the KL (k3) in the loss; 0 holds no reference."""
+    """Weight β of the KL term (k3) in the loss. 0 disables it, and no reference model is loaded."""
     clip: Positive = 0.2
     """ε of the clipped ratio."""
     clip_high: Positive | None = None
-    """ε above 1, where it differs (0.28 in DAPO, arXiv 2503.14476)."""
+    """Upper ε of the clipped ratio (0.28 in DAPO, arXiv 2503.14476); null: same as clip."""
     epochs: Count = 1
-    """Passes over a rollout."""
+    """Optimization passes over each rollout."""
     minibatches: Count = 1
-    """Optimizer steps a pass."""
+    """Optimizer steps per pass."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the standard deviation of the prompt's rewards, of the whole rollout's, or by nothing, as
-    Dr. GRPO does (arXiv 2503.20783)."""
+    """What advantages are divided by. group: standard deviation of the prompt's rewards; batch: of the whole rollout's
+    rewards; none: nothing, as in Dr. GRPO (arXiv 2503.20783)."""
     loss: Literal["grpo", "dapo", "dr-grpo", "bnpo"] = "dapo"
-    """What the token losses are averaged over: grpo, each response by itself, which favours short ones; dapo, all
-    tokens of a step; dr-grpo, the longest length a response may have; bnpo, all tokens of a micro-batch."""
+    """How token losses are averaged. grpo: per response, which favours short ones; dapo: over all tokens of a step;
+    dr-grpo: sum divided by the maximum response length; bnpo: over all tokens of a micro-batch."""
     missing_eos: float | None = None
-    """Score of a response that does not end, in place of the reward; null leaves the reward."""
+    """Reward of a truncated response (no end token), which replaces its own reward; null: keep its own reward."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Taken off the score for every token."""
+    """Penalty per response token, subtracted from the score."""
     ema: Annotated[float | None, Field(gt=0, lt=1)] = None
-    """Decay an update of a moving average of the policy's weights, which the run leaves in place of the last ones
-    (0.992 in InstructGPT, appendix C.4); null leaves the last."""
+    """Decay per update of an exponential moving average of the policy's weights, which is saved instead of the last
+    weights (0.992 in InstructGPT, appendix C.4); null: save the last weights."""
 
 
 @section
 class OnlineRecipe(Recipe):
-    """Stages that sample from the policy while they train."""
+    """Stages that sample from the policy during training."""
 
     method: PpoMethod | RlooMethod | GrpoMethod
     reward: Rewards
-    """A finished `align rm` run, a check against a column of the data, a Python function, or several with weights."""
+    """A finished `align rm` run, a check against a data column, a Python function, or a weighted list of these."""
     reference: OtherModel | None = None
-    """Default: the starting policy."""
+    """Reference model of the KL. Default: the initial policy."""
     gold: Gold = None
-    """A held-out reward model that is watched and never optimised: if it falls while the reward rises, the policy is
-    over-optimised (arXiv 2210.10760)."""
+    """A held-out reward model whose score is logged but not optimised. If it falls while the reward rises, the policy
+    is over-optimised (arXiv 2210.10760)."""
     generation: Generation = Field(default_factory=Generation)
     guards: list[Guard] = Field(default_factory=list)
-    """Watchers of the run."""
+    """Guards: conditions on logged metrics, and what to do when one holds."""
 
     def rollout(self) -> Rollout:
         return Rollout(k=self.method.k, minibatches=self.method.minibatches, epochs=self.method.epochs)
@@ -177,11 +178,11 @@ class OnlineRecipe(Recipe):
     def rules(self) -> Iterator[tuple[str, str]]:
         yield from room_rules(self.generation, self.data)
         if self.data.batch_size is None:
-            yield "data.batch_size", "is missing; set it to the episodes of a rollout, over all ranks"
+            yield "data.batch_size", "is missing; set it to the number of episodes per rollout, over all ranks"
         if isinstance(self.data.eval, (list, float)):
-            yield "data.eval", "does not work in stages that sample; watch metrics.jsonl, or set samples"
+            yield "data.eval", "does not work in online stages; watch metrics.jsonl, or set samples"
         if self.trainer.get("max_steps", -1) == 0:
-            yield "trainer.max_steps", "is 0; give the number of updates"
+            yield "trainer.max_steps", "is 0; set the number of updates"
         yield from reward_rules(self.reward)
         yield from guard_rules(self.guards, self.gold)
 
@@ -192,7 +193,7 @@ class PpoRecipe(OnlineRecipe):
 
     stage: ClassVar[str] = "ppo"
     value: OtherModel | None = None
-    """Where the value function starts; default: the (first) reward model, or the policy where rewards are functions."""
+    """Initial model of the value function. Default: the (first) reward model, or the policy if there is none."""
     method: PpoMethod = Field(default_factory=PpoMethod)
 
     def rollout(self) -> Rollout:
@@ -202,7 +203,7 @@ class PpoRecipe(OnlineRecipe):
         return True
 
     def copies(self, role: str) -> int:
-        # under LoRA, reference, reward model and value function are adapters of the policy's backbone
+        # with LoRA, reference, reward model and value function are adapters on the policy's backbone
         if self.lora is not None and role in ("reference", "reward", "value"):
             return 0
         return 1 if role == "value" else OnlineRecipe.copies(self, role)
@@ -228,9 +229,9 @@ class PpoRecipe(OnlineRecipe):
         yield from OnlineRecipe.rules(self)
         models = [source for source in self.reward if source.path is not None]
         if self.lora is not None and len(models) > 1:
-            yield "reward", f"names {len(models)} models, but one backbone plays one; keep one, or remove lora"
+            yield "reward", f"names {len(models)} models, but lora supports only one; keep one, or remove lora"
         if self.lora is not None and self.reference is not None:
-            yield "reference", "is the backbone with its adapters off under lora; remove it, or remove lora"
+            yield "reference", "cannot be set with lora: the reference is the bare backbone; remove it, or remove lora"
 
 
 @section

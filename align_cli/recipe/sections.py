@@ -1,7 +1,7 @@
-"""The sections that every stage's recipe may have: one frozen dataclass each, a docstring under every field.
+"""Recipe sections shared by all stages: one frozen dataclass each, with a docstring under every field.
 
-Cross-field rules stand beside the fields they concern (`rules`), and their messages name the fix. Rules that need
-the disk (an upstream run, a data file) are in `run/preflight.py`.
+Cross-field rules are next to the fields they concern (`rules`), and their messages name the fix. Rules that read the
+disk (an upstream run, a data file) are in `run/preflight.py`.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ Count = Annotated[int, Field(ge=1)]
 
 @section
 class Model:
-    """What is trained."""
+    """The model to train."""
 
     path: str
     """A directory, a finished run (`${stage:sft}`) or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory. auto: float32 where they are trained in full, bfloat16 under LoRA."""
+    """Dtype of the weights in memory. auto: float32 for full fine-tuning, bfloat16 with LoRA."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention implementation; auto leaves the choice to transformers."""
     chat_template: str | None = None
     """`chatml`, `zephyr`, `plain`, or a path to a Jinja file; null keeps the tokenizer's own."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless the recipe says so."""
+    """Run Python code shipped with the model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     parameters: Positive | None = None
-    """Number of parameters, for planning where the weights are not at hand."""
+    """Number of parameters, for the memory estimate when the weights are not available locally."""
 
 
 @section
 class OtherModel:
-    """A model beside the one that is trained."""
+    """A model other than the trained one."""
 
     path: str
     """A directory, a finished run or a hub id."""
@@ -59,20 +59,20 @@ class OtherModel:
 
 @section
 class Source:
-    """Where rows come from."""
+    """A data source."""
 
     path: str
-    """A .json, .jsonl, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst); a glob of them; a directory
-    that holds them, or that `save_to_disk` wrote; or a hub id."""
+    """A .json, .jsonl, .csv, .tsv or .parquet file, optionally compressed (.gz, .bz2, .xz, .zst); a glob; a
+    directory of such files or one written by `save_to_disk`; or a hub id."""
     split: str = "train"
-    """Split of a hub id or of a `datasets` directory that holds several."""
+    """Split to read from a hub dataset or a `datasets` directory with several splits."""
     weight: Positive = 1.0
-    """Share of the source's rows in an epoch: 0.5 takes a seeded half, 2 takes every row twice."""
+    """Fraction of the source's rows used per epoch: 0.5 uses a seeded half, 2 uses every row twice."""
     format: Literal[*COLUMNS] | None = None
-    """Row format; null recognises it from the columns."""
+    """Row format; null detects it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames: {our column: their column}, for files whose columns have other names; `completions[].response` reaches
-    into a list of objects. `better` names the column that says which of two answers is the better one."""
+    """Column mapping {align's name: name in the file}. `completions[].response` reads a key of each object in a list.
+    `better` maps to the column that tells which of two answers is better."""
 
 
 def as_source(value: Any) -> Any:
@@ -81,7 +81,7 @@ def as_source(value: Any) -> Any:
 
 
 def _as_sources(value: Any) -> Any:
-    """A path or a mapping or a list of them becomes a list of mappings."""
+    """A path, a mapping or a list of them becomes a list of mappings."""
     if isinstance(value, (str, dict)):
         value = [value]
     if isinstance(value, list):
@@ -106,32 +106,34 @@ EvalSources = Annotated[
 
 @section
 class Data:
-    """What it is trained on."""
+    """Training and evaluation data."""
 
     train: Sources
     """A source or a list of sources."""
     eval: EvalSources = None
-    """Sources, or a fraction of the training prompts that is held out by a seeded hash of their content."""
+    """Sources, or a fraction of the training prompts to hold out, chosen by a seeded hash of their content."""
     max_length: Count = 1024
-    """Tokens of prompt and response together; what is longer is cut at the end and counted."""
+    """Maximum tokens of prompt plus response; longer rows are truncated at the end and counted."""
     max_prompt_length: Count | None = None
-    """Tokens of the prompt; rows with a longer one are dropped and counted. null: any that leaves room to respond."""
+    """Maximum tokens of the prompt; rows with longer prompts are dropped and counted. null: keep every prompt that
+    leaves room for a response."""
     drop_empty: bool | None = None
-    """Drop rows with an empty response instead of refusing the file. null: only in hh-rlhf dialogues, whose
-    published files hold some."""
+    """Drop rows with an empty response instead of rejecting the file. null: only for hh-rlhf dialogues, whose
+    published files contain some."""
     max_dropped: Fraction = 0.1
-    """Share of rows that may be dropped before it is an error."""
+    """Fraction of rows that may be dropped; above it the run stops with an error."""
     batch_size: Count | None = None
-    """Rows an optimizer step, over all ranks; gradient accumulation follows from it. null: whatever
-    trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps give."""
+    """Rows per optimizer step over all ranks (ppo, rloo, grpo: episodes per rollout), from which gradient accumulation
+    is computed. null: the product of trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps and the
+    number of ranks."""
     reasoning: Literal["keep", "drop"] = "keep"
-    """What becomes of the thoughts of assistant turns, in a field of their own or between <think> marks. keep: they are
-    trained as the chat template writes them. drop: they are taken out first."""
+    """How to treat the reasoning of assistant turns, in its own field or between <think> tags. keep: train on it as the
+    chat template renders it. drop: remove it first."""
     date: str | None = None
-    """The date, as 2026-01-31, that a chat template which asks for today's is given. null: the day on which the run
-    began, kept in its recipe.yaml."""
+    """Date (such as 2026-01-31) for chat templates that insert today's date. null: the day the run started, which is
+    saved in its recipe.yaml."""
     streaming: bool = False
-    """Read rows as they are needed, for sources larger than memory. Needs trainer.max_steps."""
+    """Read rows on demand, for sources larger than memory. Requires trainer.max_steps."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         try:
@@ -157,22 +159,22 @@ class Lora:
         if "lm_head" in ([self.targets] if isinstance(self.targets, str) else self.targets):
             yield (
                 "lora.targets",
-                "names lm_head, whose adapter the log-probabilities would pass by; leave it out",
+                "includes lm_head, but log-probabilities would be computed without its adapter; remove it",
             )
 
 
 @section
 class Zero:
-    """DeepSpeed ZeRO: what is sharded over the ranks (arXiv 1910.02054)."""
+    """DeepSpeed ZeRO sharding (arXiv 1910.02054)."""
 
     stage: Literal[0, 1, 2, 3] = 0
-    """0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    """What is sharded over the ranks. 0: nothing; 1: optimizer state; 2: also gradients; 3: also parameters."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
     offload_param: bool = False
     """Keep parameters in host memory; stage 3 only."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Further DeepSpeed keys, as in its JSON config; they win over ours."""
+    """Further keys of the DeepSpeed JSON config; they override the generated ones."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.offload_param and self.stage != 3:
@@ -184,27 +186,27 @@ class Launch:
     """Processes and hosts."""
 
     num_gpus: Count = 1
-    """Ranks on this machine; CPU ranks over gloo without a GPU."""
+    """Ranks on this machine. Without a GPU, they run on the CPU and communicate over gloo."""
     hostfile: str | None = None
-    """DeepSpeed hostfile: `host slots=8` a line."""
+    """DeepSpeed hostfile, with lines such as `host slots=8`."""
     num_nodes: Count | None = None
-    """Use only the first so many hosts of the hostfile."""
+    """Use only the first num_nodes hosts of the hostfile."""
     node_rank: Annotated[int, Field(ge=0)] | None = None
-    """Start only this host's ranks, without ssh: one `align` command on each host."""
+    """Start only this host's ranks, without ssh; run one `align` command on each host."""
     master_addr: str | None = None
-    """Address of rank 0; default the first host."""
+    """Address of rank 0. Default: the first host."""
     master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Port of rank 0; default a free one, or 29500 over several hosts."""
+    """Port of rank 0. Default: a free port, or 29500 with several hosts."""
 
 
 @section
 class Samples:
-    """Prompts answered before and after, into samples.jsonl."""
+    """Prompts that the model answers before and after training; the answers go to samples.jsonl."""
 
     prompts: str | list[str]
     """A file with a `prompt` column, or the prompts themselves."""
     max_new_tokens: Count = 64
-    """Longest answer, in tokens. Answers are greedy, so that before and after can be compared."""
+    """Maximum answer length in tokens. Decoding is greedy, so that answers before and after training are comparable."""
 
 
 def as_samples(value: Any) -> Any:
@@ -213,105 +215,106 @@ def as_samples(value: Any) -> Any:
 
 @plain_dataclass(frozen=True)
 class Rollout:
-    """How a stage that samples uses its episodes."""
+    """How an online stage uses the episodes of a rollout."""
 
     k: int
-    """Samples a prompt."""
+    """Samples per prompt."""
     minibatches: int
-    """Optimizer steps a pass."""
+    """Optimizer steps per pass."""
     epochs: int
     """Passes over a rollout."""
 
 
 @section
 class Recipe:
-    """A stage's settings after composition: the keys every stage has, and what follows from them.
+    """A stage's settings after composition: the keys that all stages share, and values derived from them.
 
-    The methods answer what differs by stage and depends on the settings; what is fixed stands in `stages.STAGES`.
+    The methods return what depends on the settings and differs between stages; stage constants are in
+    `stages.STAGES`.
     """
 
     stage: ClassVar[str]
     """Its name in `stages.STAGES`."""
 
     name: str
-    """Run name; default the recipe file's."""
+    """Run name. Default: the name of the recipe file."""
     model: Model
     data: Data
     seed: Annotated[int, Field(ge=0)] = 42
-    """Seeds data order, splits, adapters and sampling."""
+    """Seed of the data order, splits, adapter initialization and sampling."""
     run_dir: str
-    """Where the run's files go; default runs/<name>/<stage>."""
+    """Output directory of the run. Default: runs/<name>/<stage>."""
     force: bool = False
-    """Run again even if a finished, unchanged run exists."""
+    """Run again even if a finished, unchanged run exists; the old run is renamed, not deleted."""
     lora: Lora | None = None
     zero: Zero = Field(default_factory=Zero)
     launch: Launch = Field(default_factory=Launch)
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Any field of the stage's TRL config, checked against it."""
+    """Fields of the stage's TRL config; unknown fields are errors."""
     samples: Annotated[
         Samples | None, BeforeValidator(as_samples, json_schema_input_type=str | list[str] | Samples | None)
     ] = None
 
     @property
     def spec(self) -> StageSpec:
-        """What is fixed about its stage."""
+        """The constants of its stage."""
         return STAGES[self.stage]
 
     def row_kind(self) -> RowKind:
-        """What the rows of data.train hold."""
+        """The kind of rows in data.train."""
         return self.spec.rows
 
     def pairing(self) -> str:
-        """How many pairs, or labelled responses, a ranking gives: a value of method.pairs or method.split."""
+        """Which pairs or labelled responses a ranking yields: a value of method.pairs or method.split."""
         return "best-worst"
 
     def packs(self) -> bool:
-        """Whether several rows share one sequence, so that steps are unknown before the rows are tokens."""
+        """Whether several rows share one sequence, so that the number of steps is unknown before tokenization."""
         return False
 
     def rollout(self) -> Rollout | None:
-        """How episodes are used, for stages that sample while they train."""
+        """How episodes are used, for online stages; None for the others."""
         return None
 
     def micro_step(self, per_device: int) -> tuple[int, int | None]:
-        """(rows, tokens a row) that go through the model at a time; None for the device's default."""
+        """(rows, tokens per row) of one forward pass; None for the device's default number of tokens."""
         return per_device, self.data.max_length
 
     def unused_keys(self) -> frozenset[str]:
-        """Keys of `method` that this recipe's other settings leave without effect."""
+        """Keys of `method` that have no effect with this recipe's other settings."""
         return frozenset()
 
     def batch_problems(self, per_device: int, ranks: int) -> Iterator[tuple[str, str]]:
-        """(key, problem) of a batch that gives each of so many ranks so many rows at a time."""
+        """(key, problem) of a batch with `per_device` rows on each of `ranks` ranks."""
         return iter(())
 
     def alternative(self) -> Recipe | None:
-        """The same recipe with its models placed otherwise, whose memory the plan shows, too."""
+        """The same recipe with another placement of its models, whose memory the plan also shows."""
         return None
 
     def earlier_rows(self) -> str | None:
-        """A directory of an earlier run whose rows are used again."""
+        """The directory of an earlier run whose rows are reused."""
         return None
 
-    # -- models beside the one that is trained
+    # -- models other than the trained one
 
     def needs_reference(self) -> bool:
         """Whether the loss compares with a reference model."""
         return False
 
     def reference_path(self) -> str | None:
-        """The reference that the recipe names; None for the policy as it starts."""
+        """Path of the reference named by the recipe; None for the initial policy."""
         return None
 
     def copies(self, role: str) -> int:
-        """How many models of a role (`stages.Role`) have weights of their own in memory."""
+        """How many models of a role (`stages.Role`) have their own weights in memory."""
         if role == "reference":
-            # under LoRA the reference is the policy with its adapter off
+            # with LoRA the reference is the policy with its adapter disabled
             return int(self.needs_reference() and (self.lora is None or self.reference_path() is not None))
         return int(role == "policy")
 
     def adapters(self) -> int:
-        """LoRA adapters that are trained."""
+        """Number of LoRA adapters that are trained."""
         return 1 if self.lora else 0
 
     def reward_sources(self) -> list[tuple[str, RewardSource]]:
@@ -319,11 +322,11 @@ class Recipe:
         return []
 
     def reward_models(self) -> list[tuple[str, str]]:
-        """(key, path) of every reward model that is named: rewards, the value function's start, the gold model."""
+        """(key, path) of every reward model in the recipe: rewards, initial value model, gold model."""
         return [(f"{key}.path", source.path) for key, source in self.reward_sources() if source.path is not None]
 
     def backbone_models(self) -> list[tuple[str, str]]:
-        """(key, path) of reward models that must be adapters on the policy's own backbone."""
+        """(key, path) of reward models that must be adapters on the policy's backbone."""
         return []
 
     def reward_functions(self) -> list[tuple[str, str]]:
@@ -331,17 +334,17 @@ class Recipe:
         return [(f"{key}.python", source.python) for key, source in self.reward_sources() if source.python is not None]
 
     def compared_columns(self) -> list[str]:
-        """Columns of the data that rewards compare responses with."""
+        """Data columns that rewards compare responses with."""
         return list(dict.fromkeys(source.verify.column for _, source in self.reward_sources() if source.verify))
 
     def judges(self) -> list[tuple[str, RewardSource]]:
-        """(key, source) of every reward that is a judge's."""
+        """(key, source) of every reward computed by a judge."""
         return [(key, source) for key, source in self.reward_sources() if source.judge is not None]
 
     def generators(self) -> list[tuple[str, GeneratorSource]]:
-        """(key, source) of every model that writes or judges, the judges of rewards aside."""
+        """(key, source) of every model that generates or judges text, except the judges of rewards."""
         return []
 
     def method_sources(self) -> list[tuple[str, list[Source], RowKind]]:
-        """(key, sources, row kind) of data that `method` names beside `data`."""
+        """(key, sources, row kind) of data that `method` names in addition to `data`."""
         return []

@@ -14,9 +14,9 @@ class SftMethod:
     """Supervised fine-tuning: mean -log p over response tokens (InstructGPT, arXiv 2203.02155)."""
 
     train_on: Literal["all-turns", "last-turn"] = "all-turns"
-    """Which assistant turns of a conversation are trained; everything else is masked."""
+    """Which assistant turns of a conversation to train on; all other tokens are masked."""
     packing: bool = False
-    """Put several rows into one sequence of max_length; rows do not see each other."""
+    """Pack several rows into one sequence of data.max_length; rows do not attend to each other."""
 
 
 @section
