@@ -1,4 +1,4 @@
-"""The recipes that can be found: listed, printed, copied."""
+"""Lists, prints and copies the recipes that can be found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from align_cli.recipe import places
 
 
 def listed() -> list[str]:
-    """A line a recipe: its name, and the line that runs it."""
+    """One line per recipe: its name, and the command that runs it."""
     files = places.listing().items()
     return [f"{key:<28} {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}" for key, file in files]
 
@@ -29,7 +29,7 @@ def copy(name: str, destination: str) -> str:
     if target.is_dir():
         target = target / source.name
     if target.exists():
-        raise AlignError(f"{target}: exists already; remove it or name another file")
+        raise AlignError(f"{target}: already exists; remove it or name another file")
     if not target.parent.is_dir():
         raise AlignError(f"{target}: the directory {target.parent} does not exist; make it first")
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")

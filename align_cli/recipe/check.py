@@ -1,4 +1,4 @@
-"""A composed tree -> the typed recipe, or every problem at once: file and line, key, finding, remedy."""
+"""Turns a composed tree into the typed recipe, or reports all its problems: file and line, key, finding, remedy."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _adapter(stage: str) -> TypeAdapter:
 
 
 def load(stage: str, arguments: list[str]) -> tuple[Composed, Recipe]:
-    """Compose and check; what `align <stage> recipe=… [key=value …]` will run.
+    """Compose and check the recipe of `align <stage> recipe=… [key=value …]`.
 
-    Raises RecipeError with every problem found.
+    Raises RecipeError with all problems found.
     """
     composed = compose(stage, arguments)
     return composed, check(composed)
@@ -60,7 +60,7 @@ def check(composed: Composed) -> Recipe:
     lines = [*composed.problems, *(f"{sources.where(key)}{key}: {text}" for key, text in problems)]
     method = tree.get("method")
     if isinstance(method, dict) and (other := _stage_of_method(stage, set(method))):
-        lines.append(f"{composed.file}: its method: has the keys of a recipe for `align {other}`; run that instead")
+        lines.append(f"{composed.file}: method: has the keys of a recipe for `align {other}`; run that instead")
     raise RecipeError(*dict.fromkeys(lines))
 
 
@@ -71,15 +71,15 @@ def from_tree(stage: str, tree: dict[str, Any]) -> Recipe:
 
 
 def partial(composed: Composed) -> Recipe:
-    """The recipe as far as it validates, so that what it names can be looked at beside what is wrong with it.
+    """The valid part of the recipe, so that models and data can be checked together with an invalid recipe.
 
-    A section that does not validate keeps its default; `model` and `data` are None then.
+    An invalid section gets its default, which is None for `model` and `data`.
     """
     return _partial(STAGES[composed.stage].recipe, composed.tree)
 
 
 def _partial(cls: type, tree: dict[str, Any]) -> Any:
-    """A section with the fields that validate, and defaults for the others."""
+    """A section with its valid fields, and defaults for the others."""
     made, hints = object.__new__(cls), get_type_hints(cls, include_extras=True)
     for name, field in cls.__pydantic_fields__.items():
         value = None if field.is_required() else field.get_default(call_default_factory=True)
@@ -90,7 +90,7 @@ def _partial(cls: type, tree: dict[str, Any]) -> Any:
 
 
 def _validated(hint: Any, given: Any, default: Any) -> Any:
-    """A value of the annotated type, or as much of a section or of a list of sections as validates, or the default."""
+    """A value of the annotated type, or the valid part of a section or of a list of sections, or the default."""
     try:
         return TypeAdapter(hint).validate_json(json.dumps(given), strict=True)
     except (ValidationError, ValueError, TypeError):
@@ -108,12 +108,12 @@ def _validated(hint: Any, given: Any, default: Any) -> Any:
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:
-    """The plain tree of a typed recipe, every default filled in."""
+    """The plain tree of a typed recipe, with all defaults filled in."""
     return asdict(recipe)
 
 
 def json_schema(stage: str) -> dict[str, Any]:
-    """A JSON schema that an editor can complete and check recipes with, TRL's fields included."""
+    """A JSON schema with which an editor can complete and check recipes, including the fields of TRL's config."""
     schema = _adapter(stage).json_schema()
     names = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "None": "null"}
     block = {}
@@ -128,22 +128,22 @@ def json_schema(stage: str) -> dict[str, Any]:
     schema["properties"]["trainer"] |= {"properties": block, "additionalProperties": False}
     schema["properties"]["defaults"] = {
         "type": "array",
-        "description": f"Config groups ({', '.join(GROUPS)}) and recipes this one builds on; _self_ last.",
+        "description": f"Config groups ({', '.join(GROUPS)}) and recipes that this one inherits; _self_ must be last.",
     }
-    # the file's name and place stand for these
+    # name and run_dir have defaults from the file's name; the others may come from inherited files
     schema["required"] = [
         key for key in schema.get("required", []) if key not in ("name", "run_dir", "model", "data", "reward")
     ]
     recipe = STAGES[stage].recipe
     method = _adapter_type(recipe, "method")
     for section, block in ((recipe, schema), (method, schema["$defs"].get(method.__name__, {}))):
-        # pydantic loses the docstrings of inherited fields
+        # pydantic drops the docstrings of inherited fields
         for base in section.__mro__:
             for key, field in vars(base).get("__pydantic_fields__", {}).items():
                 if key in block.get("properties", {}) and field.description:
                     block["properties"][key].setdefault("description", field.description)
     for section in ("Model", "Data"):
-        # a config group may bring what the file does not say
+        # a config group may set keys that the file does not
         schema["$defs"][section].pop("required", None)
     for group in GROUPS:
         if group in schema["properties"]:
@@ -156,7 +156,7 @@ def json_schema(stage: str) -> dict[str, Any]:
 
 
 def _rules(section: Any, path: str = "") -> list[tuple[str, str]]:
-    """Cross-field problems of a section and of the sections in it."""
+    """Cross-field problems of a section and of its subsections."""
     problems = list(section.rules()) if hasattr(section, "rules") else []
     for field in fields(section):
         value = getattr(section, field.name)
@@ -174,11 +174,11 @@ def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for index, inner in enumerate(value):
             yield from _not_finite(inner, f"{path}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        yield path, f"is {value}; give a finite number"
+        yield path, f"is {value}; set a finite number"
 
 
 def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[str, str]:
-    """(dotted key, sentence) for one of pydantic's errors."""
+    """(dotted key, message) for a pydantic error."""
     location = [part for part in detail["loc"] if not _is_tag(part)]
     key, kind, given = _dotted(location), detail["type"], detail.get("input")
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -191,7 +191,7 @@ def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[
         allowed = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
         return key, f"{given!r} is not one of {allowed}{did_you_mean(str(given), allowed.split(', '))}"
     if given == "None":
-        return key, "'None' is text here; write null for nothing"
+        return key, "'None' is read as text; write null"
     if kind == "dataclass_type":
         return key, f"expected a section with keys {', '.join(_known_keys(stage, location))}, found {given!r}"
     if kind == "too_short" and not given:
@@ -207,7 +207,7 @@ def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[
 
 
 def _joined(problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """One problem a key where a union of types gave one for each: `expected a number or a list, found …`."""
+    """Merges the problems that pydantic reports for each type of a union: `expected a number or a list, found …`."""
     by_key: dict[str, list[str]] = {}
     for key, text in problems:
         by_key.setdefault(key, []).append(text)
@@ -215,7 +215,7 @@ def _joined(problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
     for key, texts in by_key.items():
         split = [match for text in texts if (match := EXPECTED.fullmatch(text))]
         if split and any(other.startswith((f"{key}[", f"{key}.")) for other in by_key):
-            continue  # one type of the union fits so far, and what is wrong in it is said
+            continue  # one type of the union matches, and the problems inside it are reported
         if len(texts) > 1 and split:
             names = [name for text in texts if (name := re.search(r" is not one of (.+?)(\. Did you mean|$)", text))]
             wanted = dict.fromkeys([*(match[1] for match in split), *(name[1] for name in names)])
@@ -225,7 +225,7 @@ def _joined(problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _is_tag(part: Any) -> bool:
-    """pydantic puts the branch of a union into the location; people did not write that."""
+    """Whether a part of pydantic's location is the branch of a union, which users did not write."""
     return isinstance(part, str) and (
         part in ("str", "float", "int", "bool") or part.startswith(("list[", "literal[", "function-", "nullable"))
     )
@@ -251,14 +251,14 @@ def _adapter_type(section: Any, name: str) -> Any:
 
 
 def _section_in(annotation: Any) -> Any:
-    """The first section that an annotation such as `list[Source] | None` mentions."""
+    """The first section in an annotation such as `list[Source] | None`."""
     if is_dataclass(annotation):
         return annotation
     return next((inside for inner in get_args(annotation) if (inside := _section_in(inner))), None)
 
 
 def _stage_of_method(stage: str, keys: set[str]) -> str | None:
-    """Another stage whose method takes all these keys, if this one's doesn't."""
+    """Another stage whose method accepts all these keys, if this stage's method does not."""
     known = {name: set(_known_keys(name, ["method"])) for name in STAGES}
     if not keys or keys <= known[stage]:
         return None
@@ -266,7 +266,7 @@ def _stage_of_method(stage: str, keys: set[str]) -> str | None:
 
 
 class _Sources:
-    """Where a key was written: the command line, or file and line."""
+    """Where a key is set: the command line, or a file and line."""
 
     def __init__(self, composed: Composed):
         self.composed = composed
@@ -276,7 +276,7 @@ class _Sources:
         if any(plain == word or plain.startswith(f"{word}.") for word in self.composed.overridden):
             return "command line: "
         parts = [int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key)]
-        # what is missing stands nowhere, but the list entry that lacks it does
+        # a missing key has no line; report the line of the list entry that lacks it
         shortest = len(plain.split("."))
         for length in range(len(parts), shortest - 1, -1):
             for file, group in self.composed.parts:

@@ -1,7 +1,7 @@
-"""YAML and `key=value` -> one resolved tree, through Hydra's Compose API.
+"""Composes YAML files and `key=value` overrides into one resolved tree, through Hydra's Compose API.
 
-Hydra composes a plain tree; the schema in `schema.py` checks it afterwards, so that every problem comes at once and
-`+key=value` cannot slip past. A plain `key=value` may add a key; whether it is known is the schema's business.
+Hydra composes a plain tree, and `check.py` validates it afterwards, so that all problems are reported together and
+`+key=value` cannot bypass validation. A plain `key=value` may add a key; `check.py` reports unknown keys.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from align_cli.recipe.stages import STAGES
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed recipe before the schema has seen it."""
+    """A composed recipe before validation."""
 
     stage: str
     file: Path
     tree: dict[str, Any]
-    """Every interpolation resolved, JSON values only."""
+    """The tree with all interpolations resolved; JSON values only."""
     overridden: frozenset[str]
     """Dotted keys set on the command line."""
     problems: tuple[str, ...] = ()
-    """What could not be understood on the command line; the rest was composed all the same."""
+    """Invalid arguments of the command line; the others were composed."""
     parts: tuple[tuple[Path, str], ...] = ()
-    """The files it is made of, each with the config group it fills, or "" for a recipe."""
+    """(file, config group) of all its source files; the group is "" for a recipe."""
 
 
 def compose(stage: str, arguments: list[str]) -> Composed:
     """The resolved tree of `align <stage> recipe=… [key=value …]`.
 
-    Raises RecipeError for a missing recipe or group file, or YAML that cannot be read; malformed arguments are kept
-    for `check`, which names them beside everything else.
+    Raises RecipeError for a missing recipe or group file, or unreadable YAML. Malformed arguments are kept in
+    `Composed.problems`, and `check` reports them with all other problems.
     """
     lines: list[str] = []
     named, given = overrides.split(arguments, lines)
@@ -50,20 +50,20 @@ def compose(stage: str, arguments: list[str]) -> Composed:
     made_of = files.parts(stage, file, picks)
     config = _hydra(stage, file, picks, values, lines)
     tree = _resolved(stage, file, config)
-    # a picked group's keys stand in its file
+    # the keys of a picked group are located in its file
     keys = frozenset(match["key"] for text in values if (match := overrides.OVERRIDE.match(text)))
     return Composed(stage, file, tree, keys, tuple(lines), tuple(made_of))
 
 
 def default_run_dir(name: str, stage: str) -> str:
-    """Where a run goes unless the recipe says otherwise."""
+    """The default run directory."""
     return f"runs/{name}/{stage}"
 
 
 def _refuse_other_stage(stage: str, file: Path) -> None:
-    """A recipe that lies in another stage's folder is for that stage."""
+    """Raise RecipeError for a recipe from another stage's folder or run directory."""
     place = file.resolve().parent
-    # any other folder may be called sft without meaning it
+    # any other folder may be called sft by coincidence
     means_it = place.parent in [root.resolve() for root in places.roots()] or file.name == "recipe.yaml"
     folder = place.name if means_it else ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -73,9 +73,9 @@ def _refuse_other_stage(stage: str, file: Path) -> None:
 
 
 def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: list[str]) -> Any:
-    """Hydra's composition of one file and the picked groups, then the other overrides on top, in order.
+    """Hydra's composition of one file and the picked groups, with the other overrides applied in order.
 
-    Adds a line for every override that cannot be applied.
+    Adds a line to `lines` for every override that cannot be applied.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -97,7 +97,7 @@ def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: l
         except MissingConfigException as error:
             raise RecipeError(_missing(file, error)) from None
         except HydraException as error:
-            # a group is replaced with `zero=zero3` if the recipe's defaults hold it, and added with `+` if not
+            # Hydra needs `zero=zero3` if the recipe's defaults include the group, and `+zero=zero3` otherwise
             lost = next((pick for pick in picks if f"Could not override '{pick.split('=')[0]}'" in str(error)), None)
             if lost is None:
                 raise RecipeError(f"{file}: {_hydras(error)}") from None
@@ -108,7 +108,7 @@ def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: l
     for pick in picks:
         group, _, name = pick.lstrip("+").partition("=")
         if isinstance(OmegaConf.to_container(config, resolve=False).get(group), str):
-            config[group] = name  # a name in the file's body would win over the command line's
+            config[group] = name  # a name in the file's body would override the command line
     for text in values:
         try:
             overrides.apply(config, text)
@@ -118,12 +118,12 @@ def _hydra(stage: str, file: Path, picks: list[str], values: list[str], lines: l
 
 
 def _hydras(error: Exception) -> str:
-    """A finding of Hydra's about the files, in our words where it speaks of its own."""
+    """Hydra's error about the files, reworded where it refers to Hydra's own concepts."""
     text = _one_line(error if str(error) else error.__cause__ or error)
     if match := re.search(r"Multiple values for (\S+?)\.|(\S+) appears more than once in the final defaults", text):
         group = match[1] or match[2]
         return (
-            f"defaults and the recipes it builds on pick {group} twice; keep one, or write `override /{group}: NAME` "
+            f"defaults and the inherited recipes pick {group} twice; keep one, or write `override /{group}: NAME` "
             "after the recipe whose choice it replaces"
         )
     text, _, key = text.partition(" full_key: ")
@@ -138,7 +138,7 @@ def _missing(file: Path, error: Exception) -> str:
         options = list(places.group_files(group))
     near = did_you_mean(str(name).split("/")[-1], options)
     known = f"; known: {', '.join(options)}" if options and not near else ""
-    return f"{file}: defaults names '{name}', which no recipe folder holds{near}{known}"
+    return f"{file}: defaults names '{name}', which is not in any recipe folder{near}{known}"
 
 
 def _one_line(error: Exception) -> str:
@@ -146,14 +146,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _stage_path(stage: str, *name: str, _root_: Any) -> str:
-    """`${stage:sft}`: the run directory of that stage under this recipe's name, or under another's."""
+    """Resolver of `${stage:sft}`: the run directory of that stage, for this recipe's name or for a given name."""
     if len(name) > 1:
         raise ValueError("${stage:…} takes a stage and, after a comma, the name of a run")
     return default_run_dir(name[0] if name else _root_.name, stage)
 
 
 def _unresolved(error: Exception) -> str:
-    """What OmegaConf says of an interpolation, without its own class names."""
+    """OmegaConf's message about an interpolation, without its class names."""
     return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
 
 
@@ -193,7 +193,7 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
 
     tree = resolve(config, "")
     for path in _code_keys(tree):
-        lines.append(f"{file}: {path}: recipes are data, never code; remove it")
+        lines.append(f"{file}: {path}: keys that run code are not allowed in recipes; remove it")
     if lines:
         raise RecipeError(*lines)
     if tree.get("run_dir") is None:

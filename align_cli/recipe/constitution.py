@@ -1,4 +1,4 @@
-"""A constitution: principles that people can read and argue about, from YAML, with every problem at once."""
+"""Loads a constitution (principles for critiques and judges) from YAML, and reports all its problems together."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from align_cli.recipe import files, places
 from align_cli.recipe.sections import section
 
 GROUP = "constitution"
-"""Folder of recipes/ that holds constitutions."""
+"""Folder of constitutions under recipes/."""
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Kind = Literal["red-team", "harmless"]
-"""What a prompt is known to be, by the source it comes from."""
+"""Kind of a prompt, known from the source it comes from."""
 
 
 @section
 class Principle:
-    """One thing that an answer should be held to."""
+    """One principle for critiques, revisions and comparisons of answers."""
 
     id: Text
-    """A short name, for rows and reports."""
+    """Short name, used in rows and reports."""
     critique_request: Text
-    """Put to the model after an answer of its own."""
+    """Asks the model to criticise its own answer."""
     revision_request: Text
-    """Put to the model after its critique."""
+    """Asks the model to revise its answer after the critique."""
     comparison: Text
-    """The question that a judge of two answers is asked."""
+    """Asks a judge which of two answers is better."""
     prompts: Literal["all", "red-team", "harmless"] = "all"
-    """Which prompts it is drawn for."""
+    """Kind of prompts it is drawn for."""
 
 
 @section
 class Example:
-    """A dialogue of answer, critique and revision, shown before the model's own."""
+    """A few-shot example: a dialogue of answer, critique and revision."""
 
     prompt: Text
     answer: Text
@@ -50,12 +50,12 @@ class Example:
     revision_request: Text
     revision: Text
     prompts: Literal["all", "red-team", "harmless"] = "all"
-    """Which prompts it is shown before."""
+    """Kind of prompts it is shown for."""
 
 
 @section
 class Principles:
-    """The file."""
+    """The content of a constitution file."""
 
     principles: Annotated[list[Principle], Field(min_length=1)]
     examples: list[Example] = Field(default_factory=list)
@@ -63,7 +63,7 @@ class Principles:
 
 @dataclass(frozen=True)
 class Constitution:
-    """A constitution and the file it stands in."""
+    """A constitution and its file."""
 
     path: str
     sha256: str
@@ -75,12 +75,12 @@ class Constitution:
         return [one for one in self.principles if one.prompts in ("all", kind)]
 
     def shown_before(self, kind: Kind, count: int | None) -> list[Example]:
-        """The first so many dialogues for prompts of a kind; None for all of them."""
+        """The first `count` examples for prompts of a kind; None for all of them."""
         return [one for one in self.examples if one.prompts in ("all", kind)][:count]
 
 
 def find(named: str, key: str = "method.constitution") -> Path:
-    """The file that the recipe's `key` means: a path, or a name in recipes/constitution. Raises RecipeError."""
+    """The file named by the recipe's `key`: a path, or a name in recipes/constitution. Raises RecipeError."""
     known = places.group_files(GROUP)
     file = known.get(named.removesuffix(".yaml")) if "/" not in named else None
     if Path(named).is_file():
@@ -92,7 +92,7 @@ def find(named: str, key: str = "method.constitution") -> Path:
 
 
 def load(named: str, key: str = "method.constitution") -> Constitution:
-    """The constitution that a recipe names. Raises RecipeError with every problem, each with its line."""
+    """The constitution named by a recipe. Raises RecipeError with all problems and their lines."""
     import yaml
 
     file = find(named, key)
@@ -108,13 +108,13 @@ def load(named: str, key: str = "method.constitution") -> Constitution:
 
 
 def problems(named: str, kinds: list[Kind]) -> list[str]:
-    """Every problem of a constitution that is to serve prompts of these kinds, one line each."""
+    """All problems of a constitution for prompts of these kinds, one line each."""
     try:
         loaded = load(named)
     except RecipeError as error:
         return list(error.lines)
     return [
-        f"{loaded.path}: no principle is for {kind} prompts; add one, with prompts: {kind} or all"
+        f"{loaded.path}: has no principle for {kind} prompts; add one with prompts: {kind} or all"
         for kind in kinds
         if not loaded.drawn_for(kind)
     ]
@@ -126,7 +126,7 @@ def _adapter() -> TypeAdapter:
 
 
 def _explain(file: Path, detail: dict[str, Any]) -> str:
-    """One of pydantic's errors, with the line it is about."""
+    """The message for a pydantic error, with file and line."""
     location, given, kind = list(detail["loc"]), detail.get("input"), detail["type"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     lines = (files.line_of(file, location[:end]) for end in range(len(location), 0, -1))
@@ -145,14 +145,14 @@ def _explain(file: Path, detail: dict[str, Any]) -> str:
 
 
 def chosen(named: str, wanted: list[str] | None, key: str) -> Constitution:
-    """The constitution with the principles of these names only; None for all. `key` is the reward that names them.
-    Raises RecipeError with every problem."""
+    """The constitution reduced to the principles with these ids; None for all. `key` is the recipe key of the reward.
+    Raises RecipeError with all problems."""
     loaded = load(named, f"{key}.constitution")
     known = [one.id for one in loaded.principles]
     raise_all(
         RecipeError,
         [
-            f"{key}.principles: {loaded.path} holds no principle '{name}'{did_you_mean(name, known)}"
+            f"{key}.principles: {loaded.path} has no principle '{name}'{did_you_mean(name, known)}"
             for name in wanted or ()
             if name not in known
         ],

@@ -1,6 +1,6 @@
-"""Recipe files as text: syntax, keys written twice, the files that one recipe is made of, and where a key stands.
+"""Recipe files as text: YAML syntax, duplicate keys, the files that a recipe inherits, and the line of a key.
 
-Hydra and OmegaConf wrap such errors in pages of their own, or in a traceback.
+They are checked here because Hydra and OmegaConf report such errors with long messages or a traceback.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from align_cli.recipe import places
 from align_cli.recipe.places import GROUPS
 
 PLAIN = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge"}
-"""YAML's own types that a recipe may hold; any other tag would make something of the text."""
+"""YAML tags that a recipe may contain; any other tag would construct an object from the text."""
 
 
 def read(file: Path) -> Any:
-    """The YAML mapping of a file, as nodes with their lines. Raises RecipeError for what is none."""
+    """The YAML mapping of a file, as nodes with line numbers. Raises RecipeError for anything else."""
     import yaml
 
     try:
@@ -39,19 +39,19 @@ def read(file: Path) -> Any:
 
 
 def _wrong(node: Any, path: str, seen: set[int]) -> Iterator[tuple[int, str]]:
-    """(line, problem) for every key written twice, key that is not a word, and tag that asks for more than data."""
+    """(line, problem) for every duplicate key, non-scalar key, and tag that is not plain data."""
     import yaml
 
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
     if node.tag.removeprefix("tag:yaml.org,2002:") not in PLAIN:
-        yield node.start_mark.line + 1, f"{path or 'the file'} has the tag {node.tag}: recipes are data; remove it"
+        yield node.start_mark.line + 1, f"{path or 'the file'} has the tag {node.tag}: not allowed in recipes; remove it"
     if isinstance(node, yaml.MappingNode):
         keys = set()
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                yield key.start_mark.line + 1, f"a {key.id} is a key in {path or 'the file'}; keys are words, rename it"
+                yield key.start_mark.line + 1, f"a {key.id} is used as a key in {path or 'the file'}; write a word"
                 continue
             name = f"{path}.{key.value}" if path else key.value
             if key.value in keys:
@@ -64,10 +64,10 @@ def _wrong(node: Any, path: str, seen: set[int]) -> Iterator[tuple[int, str]]:
 
 
 def parts(stage: str, file: Path, picks: list[str]) -> list[tuple[Path, str]]:
-    """(file, group) of all that a recipe is made of, itself first: the recipes it inherits (group ""), and the group
-    files that it or the command line picks.
+    """(file, group) of all source files of a recipe, starting with itself: the recipes it inherits (group ""), and the
+    group files picked by it or by the command line.
 
-    Raises RecipeError with everything in them that cannot be read.
+    Raises RecipeError with all problems of reading them.
     """
     lines: list[str] = []
     picked = {group: places.group_files(group)[name] for group, _, name in (pick.partition("=") for pick in picks)}
@@ -85,7 +85,7 @@ def parts(stage: str, file: Path, picks: list[str]) -> list[tuple[Path, str]]:
 
 
 def _parts(stage: str, file: Path, lines: list[str], above: tuple[Path, ...]) -> Iterator[tuple[Path, str]]:
-    """The file, then what it builds on, what wins first: later entries of `defaults` before earlier ones."""
+    """The file, then the files it inherits, by precedence: later entries of `defaults` before earlier ones."""
     import yaml
 
     yield file, ""
@@ -106,7 +106,7 @@ def _parts(stage: str, file: Path, lines: list[str], above: tuple[Path, ...]) ->
             continue
         if "_self_" not in [entry.value for entry in value.value]:
             lines.append(
-                f"{where}: defaults lacks _self_, so the groups would win over this file; add _self_ as the last entry"
+                f"{where}: defaults lacks _self_, so the groups would override this file; add _self_ as the last entry"
             )
         for entry in reversed(value.value):
             if isinstance(entry, yaml.MappingNode):
@@ -116,8 +116,8 @@ def _parts(stage: str, file: Path, lines: list[str], above: tuple[Path, ...]) ->
                 inherited = _inherited(stage, file, entry.value)
                 if inherited is not None and inherited.resolve() in above:
                     lines.append(
-                        f"{where}: defaults names '{entry.value}', which is {inherited} and builds on this file "
-                        "itself; take it out, or rename one of the two"
+                        f"{where}: defaults names '{entry.value}', but {inherited} inherits this file (a cycle); "
+                        "remove it, or rename one of the two"
                     )
                 elif inherited is not None:
                     yield from _parts(stage, inherited, lines, above)
@@ -139,14 +139,14 @@ def _group_file(group: str, name: Any) -> Iterator[tuple[Path, str]]:
 
 
 def _inherited(stage: str, file: Path, name: str) -> Path | None:
-    """The recipe that an entry of `defaults` means: beside the file, or in the folders that Hydra searches."""
+    """The recipe named by an entry of `defaults`: in the file's own folder, or in the folders that Hydra searches."""
     folders = [file.parent, *(folder for root in places.roots() for folder in (root, root / stage))]
     plain = name.strip().lstrip("/").removesuffix(".yaml")
     return next((candidate for folder in folders if (candidate := folder / f"{plain}.yaml").is_file()), None)
 
 
 def line_of(file: Path, path: list[str | int]) -> int | None:
-    """The line (1-based) on which a key, or an entry of a list, stands in a file."""
+    """The line number (1-based) of a key, or of an entry of a list, in a file."""
     import yaml
 
     node, line = read(file), None

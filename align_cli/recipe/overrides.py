@@ -1,4 +1,4 @@
-"""The command line's `key=value`: what is a setting, what picks a group file, and setting a key in a composed tree."""
+"""Overrides from the command line (`key=value`): parsing, group picks, and application to a composed tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[\w./@\-]+)(=(?P<value>.*))
 
 
 def split(arguments: list[str], lines: list[str]) -> tuple[str, list[str]]:
-    """The recipe's name and the overrides; adds a line for every argument that is neither."""
+    """(recipe name, overrides); adds a line for every argument that is neither. Raises RecipeError without a recipe."""
     named, overrides = None, []
     for text in arguments:
         if text.startswith("-") and not text.startswith("~"):
@@ -34,11 +34,11 @@ def split(arguments: list[str], lines: list[str]) -> tuple[str, list[str]]:
 
 
 def picked(overrides: list[str], lines: list[str]) -> tuple[list[str], list[str]]:
-    """(`zero=zero3` picks of group files, all other overrides); adds a line for every pick that no group has."""
+    """(picks of group files such as `zero=zero3`, all other overrides); adds a line for every unknown group file."""
     picks, values = [], []
     for text in overrides:
         try:
-            # whether the recipe's defaults hold the group is ours to find out, so + and ++ are the same here
+            # `compose` finds out whether the recipe's defaults include the group, so + and ++ are equivalent here
             picks.append(text.lstrip("+")) if _picks_group(text) else values.append(text)
         except RecipeError as error:
             lines += error.lines
@@ -46,7 +46,7 @@ def picked(overrides: list[str], lines: list[str]) -> tuple[list[str], list[str]
 
 
 def _picks_group(text: str) -> bool:
-    """Whether `zero=zero3` names a file of a config group. Raises RecipeError for a name that no group has."""
+    """Whether `zero=zero3` names a file of a config group. Raises RecipeError for an unknown file."""
     match = OVERRIDE.match(text)
     key, value, known = match["key"], match["value"] or "", places.group_files(match["key"])
     if key not in GROUPS or match["sign"] == "~":
@@ -55,13 +55,13 @@ def _picks_group(text: str) -> bool:
         return True
     if value in ("null", "None") or not re.fullmatch(r"[\w./\-]*", value):
         return False
-    aim = {"model": f"; for a model write model.path={value}", "data": f"; for a source write data.train={value}"}
+    aim = {"model": f"; for a path write model.path={value}", "data": f"; for a source write data.train={value}"}
     near = did_you_mean(value, list(known)) or f"; known: {', '.join(known) or 'none'}"
     raise RecipeError(f"command line: {key}={value}: no such group file{near}{aim.get(key, '')}")
 
 
 def apply(config: Any, text: str) -> None:
-    """Set or delete one key; a mapping is merged into a mapping, anything else replaces what was there."""
+    """Set or delete one key. A mapping is merged into a mapping; any other value replaces the old one."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -80,7 +80,7 @@ def apply(config: Any, text: str) -> None:
             if parsed.is_sweep_override():
                 raise RecipeError(f"command line: {text}: {_no_sweep(key, raw, value)}")
         except HydraException:
-            value = raw  # `runs/lr=5e-7` is not a value in Hydra's grammar, but the text is meant
+            value = raw  # `runs/lr=5e-7` is not valid in Hydra's grammar; take it as plain text
         merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, key))
         OmegaConf.update(config, key, value, merge=merge, force_add=True)
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
@@ -88,9 +88,9 @@ def apply(config: Any, text: str) -> None:
 
 
 def _no_sweep(key: str, raw: str, sweep: Any) -> str:
-    """What to write instead of several values for a key."""
+    """The message for several values of one key."""
     if not getattr(sweep, "simple_form", False) or re.match(r"\w+\(", raw):
-        return f"{raw.split('(')[0]}(…) makes a sweep, and a run has one value; write it, or quote the text"
+        return f"{raw.split('(')[0]}(…) is a sweep, but a run needs a single value; write one, or quote the text"
     if key in GROUPS:
-        return f"a comma makes a sweep, and a run has one; write {key}={raw.split(',')[0]}"
-    return f"a comma makes a sweep; write {key}=[{raw}], or quote the text"
+        return f"a comma is a sweep, but a run needs a single value; write {key}={raw.split(',')[0]}"
+    return f"a comma is a sweep; write {key}=[{raw}] for a list, or quote the text"

@@ -1,4 +1,4 @@
-"""Where recipes are: the working directory's `recipes/`, and those shipped with the package."""
+"""Where recipes are found: `recipes/` of the working directory, and the package."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from align_cli.errors import RecipeError, did_you_mean
 from align_cli.recipe.stages import STAGES
 
 GROUPS = ("model", "data", "lora", "zero")
-"""Config groups: a plain name on the command line or in `defaults` picks a file of recipes/<group>/."""
+"""Config groups: a name on the command line or in `defaults` picks a file of recipes/<group>/."""
 
 
 def shipped() -> Path:
-    """The shipped recipes: inside the wheel, or beside the package in a checkout or an editable install."""
+    """Folder of the shipped recipes: inside the wheel, or next to the package in a checkout or an editable install."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def roots() -> list[Path]:
-    """Folders that hold `<stage>/<name>.yaml` and the config groups, nearest first."""
+    """Folders with `<stage>/<name>.yaml` and the config groups, by precedence."""
     here = Path("recipes")
     if not here.is_dir():
         return [shipped()]
@@ -27,7 +27,7 @@ def roots() -> list[Path]:
 
 
 def listing() -> dict[str, Path]:
-    """`stage/name` -> file, for every recipe that can be found; one in the working directory hides a shipped one."""
+    """`stage/name` -> file of every recipe; those in the working directory hide shipped ones of the same name."""
     recipes: dict[str, Path] = {}
     for root in roots():
         for stage in STAGES:
@@ -37,14 +37,14 @@ def listing() -> dict[str, Path]:
 
 
 def _folders(stage: str) -> list[Path]:
-    """Where a recipe is looked for, nearest first."""
+    """The search path of a recipe, by precedence."""
     return [Path(), *(root / stage for root in roots())]
 
 
 def find(stage: str, named: str) -> Path:
-    """The file that `recipe=named` means under `align <stage>`.
+    """The file of `recipe=named` under `align <stage>`.
 
-    Raises RecipeError, naming the nearest recipes, if there is none.
+    Raises RecipeError with the closest names if it does not exist.
     """
     plain = named if named.endswith(".yaml") else f"{named}.yaml"
     places = [folder / name for name in dict.fromkeys((named, plain)) for folder in _folders(stage)]
@@ -59,7 +59,7 @@ def find(stage: str, named: str) -> Path:
     listed = f"known for {stage}: {', '.join(known) or 'none'}"
     elsewhere = [key for key in listing() if key.endswith(f"/{wanted}")]
     if elsewhere and not nearest:
-        listed += f"; of that name there is {', '.join(elsewhere)}"
+        listed += f"; other stages have {', '.join(elsewhere)}"
     raise RecipeError(f"recipe={named}: no such file or recipe{nearest or ';'} ({listed})".replace("; (", " ("))
 
 

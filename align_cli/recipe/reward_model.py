@@ -26,14 +26,14 @@ class RmMethod:
     center_on: Annotated[Source | None, BeforeValidator(as_source, json_schema_input_type=str | Source | None)] = None
     """Demonstrations whose mean score is shifted to 0 after training; null: no shift."""
     layout: Literal["auto", "shared", "rows"] = "auto"
-    """shared: one forward pass of the prompt for all its responses (4-D mask); rows: one per response. auto: compare the
-    two on the first rows, and use shared if the results agree."""
+    """shared: one forward pass of the prompt for all its responses (4-D mask); rows: one per response. auto: compare
+    the two on the first rows, and use shared if the results agree."""
     batch_tokens: Count | None = None
     """Maximum tokens (padding included) per forward pass on each device. It affects memory, not the result. null: 16384
     on a GPU, 2048 on a CPU."""
     seeds: list[Annotated[int, Field(ge=0)]] | None = None
-    """Train an ensemble: one head per seed on a shared trunk. The seed sets the head's initial weights and its bootstrap
-    sample. null: one head."""
+    """Train an ensemble: one head per seed on a shared trunk. The seed sets the head's initial weights and its
+    bootstrap sample. null: one head."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.margin is not None and self.loss not in ("ranking", "pairwise"):
@@ -58,6 +58,6 @@ class RmRecipe(Recipe):
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.samples is not None:
-            yield "samples", "cannot be set: a reward model does not generate text; remove it, or use `align score` on the finished run"
+            yield "samples", "does not work in rm; remove it, or use `align score` on the finished run"
         if self.data.streaming:
             yield "data.streaming", "does not work in rm, whose batches are filled from groups in memory; remove it"

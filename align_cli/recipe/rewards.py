@@ -17,8 +17,8 @@ class Verify:
     """A verifiable reward: 1 for a correct response, 0 for any other."""
 
     kind: Literal["exact", "numeric", "regex", "json-schema"]
-    """When a response is correct. exact: same text, ignoring whitespace; numeric: same last number; regex: the pattern in
-    the column matches; json-schema: JSON, bare or in a fenced block, that is valid under the schema in the column
+    """When a response is correct. exact: same text, ignoring whitespace; numeric: same last number; regex: the pattern
+    in the column matches; json-schema: JSON, bare or in a fenced block, that is valid under the schema in the column
     (draft 2020-12 unless the schema names another; formats are checked)."""
     column: str
     """Data column with the correct answer, pattern or schema."""
@@ -42,11 +42,11 @@ class RewardSource:
     verify: Verify | None = None
     """Instead of a run: compare the response with a data column."""
     python: str | None = None
-    """Instead of a run: `module:function`, called as function(prompts, responses) with a list of message lists and a list
-    of texts; returns one number per response. Requires --allow-code."""
+    """Instead of a run: `module:function`, called as function(prompts, responses) with a list of message lists and a
+    list of texts; returns one number per response. Requires --allow-code."""
     judge: OptionalGenerator = None
-    """Instead of a run, for method.rounds of DPO: a judge compares all pairs of a prompt's answers, each in both orders.
-    An answer's reward is its mean probability of being the better one."""
+    """Instead of a run, for method.rounds of DPO: a judge compares all pairs of a prompt's answers, each in both
+    orders. An answer's reward is its mean probability of being the better one."""
     constitution: str = "default"
     """For a judge: a YAML file of principles, or the name of a file in recipes/constitution. One principle is drawn for
     each prompt."""
@@ -115,18 +115,18 @@ class Guard:
         "reward_spread",
         "nan",
     ]
-    """Metric to monitor. kl: nats per sequence; gold_reward: score of the held-out reward model; reward_spread: standard
-    deviation of an ensemble's scores; nan: fires as soon as any metric is NaN or infinite, needs no threshold."""
+    """Metric to monitor. kl: nats per sequence; gold_reward: score of the held-out reward model; reward_spread:
+    standard deviation of an ensemble's scores; nan: fires as soon as any metric is NaN or infinite, needs no threshold."""
     above: float | None = None
     """Fires if the metric is above this value."""
     below: float | None = None
     """Fires if the metric is below this value."""
     drop: Positive | None = None
-    """Fires if the metric is more than this below its best while the reward is at its best, a sign of over-optimisation."""
+    """Fires if the metric is more than this below its best while the reward is at its best: over-optimisation."""
     act: Act = "warn"
     """What to do when the guard fires. warn: print a warning; raise_kl: multiply β by 1.5 after each rollout while the
-    condition holds, then reduce it in the same steps; rollback: restore the best checkpoint and stop; stop: finish the
-    run now, with the reason in the manifest."""
+    condition holds, then reduce it in the same steps; rollback: restore the best checkpoint and stop; stop: finish
+    the run now, with the reason in the manifest."""
     patience: Count = 3
     """Number of consecutive rollouts for which the condition must hold; nan fires at the first."""
 

@@ -1,7 +1,7 @@
-"""The table of stages: everything that differs by stage and needs neither pydantic nor torch to be said.
+"""The table of stages: the constants of each stage, importable without pydantic or torch.
 
-The command line, the schema, the `trainer:` block, preflight, the plan and the batch arithmetic read it. What depends
-on a recipe's own settings is a method of its settings class (`sections.Recipe` lists them). To add a stage, add a
+It is read by the command line, the schema, the `trainer:` block, preflight, the plan and the batch arithmetic. What
+depends on a recipe's settings is a method of its settings class (`sections.Recipe` lists them). To add a stage, add a
 settings class, a line to STAGES and `stages/<name>.py`; CONTRIBUTING.md has an example.
 """
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from align_cli.recipe.sections import Recipe
 
 RowKind = Literal["demonstrations", "preferences", "labels", "prompts"]
-"""What rows hold: a prompt and a response, ranked responses, responses rated good or bad, or a prompt alone."""
+"""Content of a row: prompt and response, ranked responses, responses labelled good or bad, or a prompt only."""
 Unit = Literal["rows", "prompts", "pairs", "episodes"]
 
 Owned = Mapping[str, str | None]
-"""Field of a TRL config -> the recipe key that sets it, or None where the run sets it by itself."""
+"""Field of a TRL config -> the recipe key that sets it, or None if the run sets it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrlConfig:
 
 @dataclass(frozen=True)
 class Role:
-    """A model that a stage holds in memory."""
+    """A model that a stage loads."""
 
     name: Literal["policy", "reference", "reward", "value", "gold"]
     trained: bool = False
@@ -50,25 +50,25 @@ GOLD = Role("gold", precision="scorer")
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What is fixed about a stage."""
+    """The constants of a stage."""
 
     name: str
     help: str
     """One line for `align --help`."""
     settings: str
-    """`module:class` of its recipe, under align_cli.recipe; imported when it is first asked for."""
+    """`module:class` of its recipe, under align_cli.recipe; imported on first use."""
     rows: RowKind
-    """What rows of data.train hold, unless the recipe says otherwise (`Recipe.row_kind`)."""
+    """Default kind of the rows of data.train (`Recipe.row_kind` may differ)."""
     config: TrlConfig
     """The config whose fields `trainer:` may set."""
     models: tuple[Role, ...]
-    """Models it may hold; `Recipe.copies` says how many of each."""
+    """Models it may load; `Recipe.copies` gives the number of each."""
     unit: Unit
-    """What data.batch_size counts."""
+    """Unit of data.batch_size."""
     samples: bool = False
-    """Whether it samples from the policy while it trains."""
+    """Whether it samples from the policy during training."""
     owned: Owned = field(default_factory=dict)
-    """Fields of `config` that other keys set, beside those of OWNED."""
+    """Fields of `config` that are set by other keys, in addition to OWNED."""
 
     @property
     def recipe(self) -> type[Recipe]:
@@ -95,9 +95,9 @@ OWNED: Owned = {
     "push_to_hub": None,
     "padding_free": None,
 }
-"""Fields that every stage's config shares and that other keys set."""
+"""Fields shared by the configs of all stages that are set by other keys."""
 
-# a moving reference would have to be part of every checkpoint to resume exactly
+# to resume exactly, a moving reference would have to be saved in every checkpoint
 _FIXED_REFERENCE: Owned = {"sync_ref_model": None, "ref_model_mixup_alpha": None, "ref_model_sync_steps": None}
 
 _SFT: Owned = {
@@ -127,7 +127,7 @@ _SAMPLING: Owned = {
     "log_completions": None,
 }
 _PAIR_LOSSES: Owned = {
-    # their steps are cut by tokens
+    # micro-batches are limited by tokens, not by rows
     "per_device_eval_batch_size": "method.batch_tokens",
     "auto_find_batch_size": "method.batch_tokens",
     "label_smoothing_factor": "method.label_smoothing",
@@ -163,7 +163,7 @@ _SPECS = (
     ),
     StageSpec(
         name="rm",
-        help="A reward model from rankings.",
+        help="Train a reward model on rankings.",
         settings="reward_model:RmRecipe",
         rows="preferences",
         config=TrlConfig("RewardConfig", "trainer/reward_config.py"),
@@ -183,7 +183,7 @@ _SPECS = (
     ),
     StageSpec(
         name="ppo",
-        help="Reinforcement learning from a reward model, with a value function and KL to the reference.",
+        help="Reinforcement learning from a reward model, with a value function and a KL penalty to the reference.",
         settings="rl:PpoRecipe",
         rows="prompts",
         config=_GRPO_CONFIG,
@@ -201,7 +201,7 @@ _SPECS = (
     ),
     StageSpec(
         name="rloo",
-        help="Reinforcement learning from a reward model, with the prompt's other samples as the baseline.",
+        help="Reinforcement learning from a reward model, with the prompt's other samples as baseline.",
         settings="rl:RlooRecipe",
         rows="prompts",
         config=TrlConfig("RLOOConfig", "trainer/rloo_config.py"),
@@ -217,7 +217,7 @@ _SPECS = (
     ),
     StageSpec(
         name="grpo",
-        help="Reinforcement learning from reward models or checked answers, normalised within a prompt's samples.",
+        help="Reinforcement learning from reward models or verifiable rewards, normalised over a prompt's samples.",
         settings="rl:GrpoRecipe",
         rows="prompts",
         config=_GRPO_CONFIG,
@@ -250,7 +250,7 @@ _SPECS = (
     ),
     StageSpec(
         name="spin",
-        help="Self-play fine-tuning: the human reply against the model's own, iterated.",
+        help="Self-play fine-tuning: iterated DPO that prefers human replies to the model's own.",
         settings="preferences:SpinRecipe",
         rows="demonstrations",
         config=_DPO_CONFIG,
@@ -260,7 +260,7 @@ _SPECS = (
     ),
     StageSpec(
         name="orpo",
-        help="Odds ratio preference optimization: no reference, no SFT stage before it.",
+        help="Odds ratio preference optimization: no reference model and no prior SFT stage.",
         settings="preferences:OrpoRecipe",
         rows="preferences",
         config=_TRAINING_ARGUMENTS,
@@ -270,7 +270,7 @@ _SPECS = (
     ),
     StageSpec(
         name="simpo",
-        help="Simple preference optimization: length-normalised, no reference; any mixture of losses.",
+        help="Simple preference optimization: length-normalised, no reference model; supports mixtures of losses.",
         settings="preferences:SimpoRecipe",
         rows="preferences",
         config=_TRAINING_ARGUMENTS,
@@ -280,7 +280,7 @@ _SPECS = (
     ),
     StageSpec(
         name="kto",
-        help="Kahneman-Tversky optimization from responses labelled good or bad.",
+        help="Kahneman-Tversky optimization on responses labelled good or bad.",
         settings="preferences:KtoRecipe",
         rows="labels",
         config=TrlConfig("KTOConfig", "trainer/kto_config.py"),
@@ -293,14 +293,14 @@ _SPECS = (
             "desirable_weight": "method.desirable_weight",
             "undesirable_weight": "method.undesirable_weight",
             "train_sampling_strategy": None,
-            # TRL keeps them in a separate file for every rank
+            # TRL caches them in a separate file per rank
             "precompute_ref_log_probs": None,
             "precompute_ref_batch_size": None,
         },
     ),
     StageSpec(
         name="cai",
-        help="Constitutional AI: critiques and revisions, the model trained on them, and labels from AI feedback.",
+        help="Constitutional AI: critiques and revisions, training on them, and preference labels from AI feedback.",
         settings="constitutional:CaiRecipe",
         rows="prompts",
         config=_SFT_CONFIG,

@@ -1,7 +1,7 @@
-"""The `trainer:` block against the fields of the stage's TRL config, read from its source without importing it.
+"""Checks the `trainer:` block against the fields of the stage's TRL config, which are parsed from its source.
 
-Importing a TRL config takes five seconds and torch with it; its dataclass fields are plain text in three files. The
-answer is for the installed version by construction.
+Importing a TRL config takes five seconds because it imports torch, while its dataclass fields are literals in three
+source files. Parsing them always reflects the installed version.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TrainerField:
 
     annotation: str
     default: Any
-    """Its literal default, or None where the source computes one."""
+    """Its literal default, or None if the default is computed."""
     help: str
 
 
@@ -59,7 +59,7 @@ def _help(node: ast.expr | None) -> str:
 
 @cache
 def fields(stage: str) -> dict[str, TrainerField]:
-    """Name -> field of the stage's TRL config, inherited ones included."""
+    """Name -> field of the stage's TRL config, including inherited fields."""
     config = STAGES[stage].config
     known: dict[str, TrainerField] = {}
     sources = [("transformers", "training_args.py", "TrainingArguments")]
@@ -95,23 +95,23 @@ ENUMS = {
 
 
 def owner(stage: str, key: str) -> tuple[bool, str | None]:
-    """Whether another key stands for this field, and which."""
+    """(whether the field is set elsewhere, the recipe key that sets it or None)."""
     table = {**OWNED, **STAGES[stage].owned}
     return key in table, table.get(key)
 
 
 def problems(stage: str, block: dict[str, Any]) -> list[tuple[str, str]]:
-    """(dotted key, what is wrong, and the remedy) for every entry of `trainer:` that the config would not take."""
+    """(dotted key, finding and remedy) for every invalid entry of `trainer:`."""
     known, lines = fields(stage), []
     for key, value in block.items():
         place, (owned, better) = f"trainer.{key}", owner(stage, key)
         if owned and key in known:
             lines.append(
-                (place, f"is set by {better}; write {better}=…" if better else "is done by the run itself; remove it")
+                (place, f"is set by {better}; write {better}=…" if better else "is set by the run itself; remove it")
             )
         elif key not in known:
             moved = {
-                "warmup_ratio": "; write warmup_steps=0.1 for a share of the steps",
+                "warmup_ratio": "; write warmup_steps=0.1 for a fraction of the steps",
                 "evaluation_strategy": "; write eval_strategy",
             }
             near = moved.get(key) or did_you_mean(key, [name for name in known if not owner(stage, name)[0]])
@@ -122,7 +122,7 @@ def problems(stage: str, block: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _wrong_type(key: str, value: Any, annotation: str) -> str:
-    """What a value of the wrong type or name is told, else the empty string."""
+    """The message for a value of the wrong type or an unknown choice, else the empty string."""
     if key in ENUMS and isinstance(value, str):
         allowed = choices(ENUMS[key])
         if allowed and value not in allowed:

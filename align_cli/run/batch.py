@@ -1,4 +1,4 @@
-"""Rows a step: per device × accumulation × ranks, and what follows when the recipe names the product."""
+"""Rows per step = per device × accumulation × ranks, solved for the factors that the recipe leaves open."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from align_cli.recipe.sections import Recipe
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows a micro-step and device, micro-steps a step, and rows a step over all ranks."""
+    """Rows per device and micro-step, micro-steps per step, and rows per step over all ranks."""
 
     per_device: int
     accumulation: int
@@ -19,26 +19,26 @@ class Batch:
 
 
 def arithmetic(recipe: Recipe, ranks: int) -> Batch:
-    """The batch that `ranks` ranks make.
+    """The batch of a recipe on `ranks` ranks.
 
-    Raises RecipeError if data.batch_size does not divide, naming the numbers that would.
+    Raises RecipeError if data.batch_size is not divisible, with the nearest sizes that are.
     """
     known, given = trl_config.fields(recipe.stage), recipe.trainer
     per_device = given.get("per_device_train_batch_size", known["per_device_train_batch_size"].default)
     accumulation = given.get("gradient_accumulation_steps")
     wanted, rollout = recipe.data.batch_size, recipe.rollout()
     if wanted is not None and rollout is not None:
-        for key, unit, what in (("minibatches", rollout.minibatches, ""), ("k", rollout.k, " samples a prompt")):
+        for key, unit, what in (("minibatches", rollout.minibatches, ""), ("k", rollout.k, " samples per prompt")):
             if wanted % unit:
                 raise RecipeError(
                     f"data.batch_size: {wanted} episodes do not divide by method.{key}={unit}{what}; "
                     f"{_near(wanted, unit)} would"
                 )
-        # an optimizer step of a stage that samples sees one minibatch of a rollout
+        # an optimizer step of an online stage uses one minibatch of a rollout
         wanted //= rollout.minibatches
     for key, value in (("per_device_train_batch_size", per_device), ("gradient_accumulation_steps", accumulation)):
         if value is not None and value < 1:
-            raise RecipeError(f"trainer.{key}: is {value}; give 1 or more")
+            raise RecipeError(f"trainer.{key}: is {value}; set 1 or more")
     if wanted is None:
         accumulation = accumulation or 1
         return Batch(per_device, accumulation, per_device * accumulation * ranks)
@@ -48,10 +48,10 @@ def arithmetic(recipe: Recipe, ranks: int) -> Batch:
         raise RecipeError(
             f"data.batch_size: is {wanted}, but per device {per_device} × accumulation {accumulation} × {ranks} "
             f"ranks = {per_device * accumulation * ranks}; remove trainer.gradient_accumulation_steps, "
-            "it follows from the rest"
+            "which is computed from the others"
         )
     if "per_device_train_batch_size" not in given:
-        # the recipe leaves it open: the largest micro-batch up to the default that divides
+        # not set by the recipe: the largest divisor up to the default
         per_device = next((n for n in range(min(per_device, wanted), 0, -1) if wanted % (n * ranks) == 0), 0)
         if not per_device:
             raise RecipeError(

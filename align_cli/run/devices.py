@@ -1,4 +1,4 @@
-"""Ranks and the devices for them, found out without torch."""
+"""Ranks and their devices, determined without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from align_cli.recipe.sections import Launch
 
 
 def gpus() -> int:
-    """GPUs that processes started here can use."""
+    """Number of GPUs visible to processes started here."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = len([node for node in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)])
     if visible is None:
@@ -27,7 +27,7 @@ def hosts(hostfile: str) -> dict[str, int]:
     """
     file, slots, lines = Path(hostfile), {}, []
     if not file.is_file():
-        raise LaunchError(f"launch.hostfile: {hostfile}: no such file; a line of it reads `host slots=8`")
+        raise LaunchError(f"launch.hostfile: {hostfile}: no such file; write one with lines such as `host slots=8`")
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         text = text.split("#")[0].strip()
         if not text:
@@ -38,11 +38,11 @@ def hosts(hostfile: str) -> dict[str, int]:
         elif int(match[2]) < 1:
             lines.append(f"{hostfile}:{number}: host {match[1]} has no slots; give it 1 or more, or remove the line")
         elif match[1] in slots:
-            lines.append(f"{hostfile}:{number}: host {match[1]} is named twice; add its slots up in one line")
+            lines.append(f"{hostfile}:{number}: host {match[1]} is named twice; write one line with the sum of its slots")
         else:
             slots[match[1]] = int(match[2])
     if not slots and not lines:
-        lines.append(f"{hostfile}: names no host; a line of it reads `host slots=8`")
+        lines.append(f"{hostfile}: names no host; write lines such as `host slots=8`")
     if lines:
         raise LaunchError(*lines)
     return slots
@@ -59,7 +59,7 @@ def world_size(launch: Launch) -> int:
 
 
 def problems(launch: Launch) -> list[str]:
-    """A line for every way in which these ranks cannot start here."""
+    """A line for every reason why these ranks cannot start here."""
     lines = []
     here = gpus()
     if launch.hostfile is not None:
@@ -79,7 +79,7 @@ def problems(launch: Launch) -> list[str]:
                 f"{f', of which num_nodes takes {used}' if used < len(known) else ''}; give 0 to {used - 1}"
             )
         if launch.node_rank is not None and launch.master_addr is None:
-            lines.append("launch.master_addr: is missing; with node_rank every host must be told rank 0's address")
+            lines.append("launch.master_addr: is missing; with node_rank every host needs rank 0's address")
     else:
         if here and launch.num_gpus > here:
             lines.append(

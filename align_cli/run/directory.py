@@ -1,4 +1,4 @@
-"""A run's directory: where its files are, in what state it is, and that only one process works in it."""
+"""A run's directory: its files, its state, and a lock that lets only one process write to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 from align_cli.errors import LaunchError
 
 COMPLETE = "complete"
-"""Marker file in a checkpoint, written after every rank's part: without it the checkpoint is half-written."""
+"""Marker file in a checkpoint, written after the files of all ranks; a checkpoint without it is incomplete."""
 
 State = Literal["absent", "unfinished", "finished", "foreign"]
 
@@ -31,8 +31,8 @@ class RunDirectory:
         self._lock: TextIO | None = None
 
     def state(self) -> State:
-        """Whether a finished run, an unfinished one, nothing, or something that is not a run is here."""
-        # hidden files are the lock and what another host of the same run is just writing
+        """Whether the directory holds a finished run, an unfinished run, nothing, or something that is not a run."""
+        # hidden files are the lock and files being written by another host of the same run
         if not self.path.exists() or (
             self.path.is_dir() and all(entry.name.startswith(".") for entry in self.path.iterdir())
         ):
@@ -42,12 +42,12 @@ class RunDirectory:
         return "unfinished" if self.recipe.is_file() else "foreign"
 
     def begun(self) -> bool:
-        """Whether anything was computed here that is worth keeping: checkpoints, rows, or a round of a loop."""
+        """Whether there are results worth keeping: checkpoints, rows, or a round of a loop."""
         made = (entry for pattern in ("*.jsonl", "*/recipe.yaml") for entry in self.path.glob(pattern))
         return self.checkpoints.exists() or any(made)
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end."""
+        """The newest complete checkpoint."""
         whole = [
             (int(match[1]), folder)
             for folder in self.checkpoints.glob("checkpoint-*")
@@ -56,13 +56,13 @@ class RunDirectory:
         return max(whole)[1] if whole else None
 
     def drop_half_written(self) -> None:
-        """Remove checkpoints that a kill left incomplete, so that nothing can pick them up."""
+        """Remove checkpoints that a kill left incomplete, so that they are never loaded."""
         for folder in self.checkpoints.glob("*"):
             if folder.is_dir() and not (folder / COMPLETE).is_file():
                 shutil.rmtree(folder)
 
     def set_aside(self) -> Path:
-        """Move a run that is to be made anew to `<path>.old-N`; nothing is deleted. Returns the new place."""
+        """Rename the run to `<path>.old-N` to make room for a new one; nothing is deleted. Returns the new path."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
@@ -71,21 +71,21 @@ class RunDirectory:
         return aside
 
     def discard(self) -> None:
-        """Remove a run that never began: nothing was trained, so nothing is lost. Empty folders above go too."""
+        """Remove a run without results (see `begun`), and its parent folders if they become empty."""
         shutil.rmtree(self.path, ignore_errors=True)
         for folder in (self.path.parent, self.path.parent.parent):
             if folder.is_dir() and folder.name and not any(folder.iterdir()):
                 folder.rmdir()
 
     def lock(self) -> None:
-        """Keep other processes out until `unlock`, or this one's end. Raises LaunchError if one works in it."""
+        """Lock the directory until `unlock` or the end of the process. Raises LaunchError if another process holds it."""
         if self._lock is not None:
             return
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 lock = (self.path / ".lock").open("a+")
-            except FileNotFoundError:  # its owner has just moved it aside or removed it
+            except FileNotFoundError:  # another process has just renamed or removed it
                 continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +94,7 @@ class RunDirectory:
                 other = lock.read().strip() or "unknown"
                 lock.close()
                 raise LaunchError(
-                    f"{self.path}: another align (process {other}) is working in it; wait for it, stop it, or set "
+                    f"{self.path}: another align (process {other}) is using it; wait for it, stop it, or set "
                     "run_dir=…"
                 ) from None
             if _is_at(lock, self.path / ".lock"):
@@ -106,7 +106,7 @@ class RunDirectory:
         self._lock = lock
 
     def unlock(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -123,12 +123,12 @@ def _is_at(opened: TextIO, file: Path) -> bool:
 def _status(manifest: Path) -> str | None:
     try:
         return json.loads(manifest.read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, TypeError, KeyError):  # torn, or no manifest of ours
+    except (OSError, ValueError, TypeError, KeyError):  # incomplete, or not written by align
         return None
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the whole new one."""
+    """Write a file so that readers see either the old or the complete new content."""
     part = file.with_name(f".{file.name}.part")
     with part.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -138,7 +138,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def trim_metrics(file: Path, step: int) -> None:
-    """Forget the metrics lines after `step`, and a half-written last one: a resumed run writes them again."""
+    """Remove metrics lines after `step` and an incomplete last line: a resumed run writes them again."""
     if not file.is_file():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""The environment of processes that train, set before libraries are imported. Imports no torch."""
+"""Environment variables of training processes, set before libraries are imported. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import warnings
 from align_cli.run import devices
 
 PARENT = "ALIGN_PARENT"
-"""host:pid of the command that started the ranks; they end when it is gone, so that a lock freed by its death does
-not leave them writing."""
+"""host:pid of the command that started the ranks. They exit when it ends, because its lock is then released and another
+process could write to the run."""
 
 
 def quiet() -> None:
-    """Settings that libraries read while they are imported: no telemetry, no chatter, no forked tokenizer warnings."""
+    """Set variables that libraries read on import: no telemetry, less logging, no warnings about forked tokenizers."""
     warnings.simplefilter("ignore")
     for key, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -33,12 +33,12 @@ def quiet() -> None:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """An unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def this_process() -> str:
-    """host:pid."""
+    """host:pid of this process."""
     return f"{socket.gethostname()}:{os.getpid()}"

@@ -1,4 +1,4 @@
-"""What a recipe's run will hold in memory on each rank, before anything is loaded. Imports no torch."""
+"""Estimates a run's memory per rank before anything is loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from align_cli.run.upstream import recipe_of, stage_of_run
 
 
 def footprint(recipe: Recipe, per_device: int, ranks: int) -> tuple[memory.Sizes | None, list[memory.Part]]:
-    """The model's dimensions and what one rank will hold; (None, []) where the size is unknown until it is loaded."""
+    """The model's dimensions and the memory of one rank; (None, []) if the size is unknown until the model is loaded."""
     size, gpu = _size(recipe), devices.gpus() > 0
     if size is None:
         return None, []
@@ -38,7 +38,7 @@ def footprint(recipe: Recipe, per_device: int, ranks: int) -> tuple[memory.Sizes
 
 
 def _size(recipe: Recipe, depth: int = 0) -> memory.Sizes | None:
-    """The model's dimensions: from its files, the recipe, or the recipe of the upstream run that is still to do."""
+    """The model's dimensions: from its files, the recipe, or the recipe of an upstream run that does not exist yet."""
     contents = kind.look(recipe.model.path)
     counted = recipe.model.parameters or (kind.parameters(recipe.model.path) if contents.kind == "causal-lm" else None)
     if counted:

@@ -1,7 +1,7 @@
-"""One process, N local ranks, several hosts, or called by a launcher: how a prepared run is started.
+"""Starts a run in one process, on N local ranks, on several hosts, or as a rank of an external launcher.
 
-The parent composes the recipe once and writes it into the run directory; ranks read that file, since resolvers that
-are evaluated rank by rank disagree. The parent imports no torch unless it is the only process.
+The parent composes the recipe once and writes it into the run directory. Ranks read that file, since resolvers could
+give different values on each rank. The parent imports no torch unless it is the only process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def adopt_slurm() -> None:
-    """Give the ranks of an `srun` step the variables that torch.distributed reads."""
+    """Set the variables of torch.distributed on the ranks of an `srun` step."""
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks < 2 or "RANK" in os.environ:
         return
@@ -43,13 +43,13 @@ def adopt_slurm() -> None:
 
 
 def _first_node(nodes: str) -> str:
-    """The first name of a Slurm node list: `node[03-06,9],gpu1` -> `node03`, `rack[1-2]n[3,5]` -> `rack1n3`."""
+    """The first host of a Slurm node list: `node[03-06,9],gpu1` -> `node03`, `rack[1-2]n[3,5]` -> `rack1n3`."""
     first = re.match(r"(\[[^\]]*\]|[^,\[])*", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first) or "127.0.0.1"
 
 
 def called_by_launcher() -> bool:
-    """Whether DeepSpeed's launcher, torchrun or Slurm made this process one of several ranks."""
+    """Whether DeepSpeed's launcher, torchrun or Slurm started this process as one of several ranks."""
     adopt_slurm()
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
@@ -64,7 +64,7 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
     plan = preflight.load(stage, arguments, starting=True)
     launch = plan.recipe.launch
     if launch.node_rank:
-        # rank 0's host prepares the run; this one only lends its ranks
+        # the run is prepared on rank 0's host; this host only starts its ranks
         return _ranks(stage, RunDirectory(plan.recipe.run_dir), launch)
     run = begin(plan, say)
     if run is None:
@@ -85,7 +85,7 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
 
 
 def command(stage: str, run: Path, launch: Launch) -> list[str]:
-    """The DeepSpeed launcher's command line for a prepared run."""
+    """Command line of the DeepSpeed launcher for a prepared run."""
     line = [sys.executable, "-m", "deepspeed.launcher.runner"]
     if launch.hostfile is None:
         line += ["--num_gpus", str(launch.num_gpus), "--master_addr", launch.master_addr or "127.0.0.1"]
@@ -100,17 +100,17 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
             line += ["--master_addr", launch.master_addr]
         if launch.node_rank is not None:
             line += ["--no_ssh", "--node_rank", str(launch.node_rank)]
-    # other hosts do not inherit this one's environment
+    # other hosts do not inherit this process' environment
     allow = ["--allow-code"] if function.allowed() else []
     return [*line, "--quiet", "--no_local_rank", "--module", "align_cli.run.worker", stage, str(run), *allow]
 
 
 def _ranks(stage: str, run: RunDirectory, launch: Launch) -> int:
-    """Start the launcher and wait. A signal goes to the ranks themselves, which stop after their step with a
-    checkpoint; the launcher alone would kill them after 30 seconds."""
+    """Start the launcher and wait. Signals are sent to the ranks directly, which finish their step, write a checkpoint
+    and stop; the launcher would kill them after 30 seconds."""
     variables = os.environ | {environment.PARENT: environment.this_process()}
     if not devices.gpus():
-        # ranks that share the cores of one machine slow each other down with a full set of threads each
+        # ranks on one machine slow each other down if each uses as many threads as there are cores
         variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.num_gpus)))
         variables.setdefault("LOCAL_SIZE", str(launch.num_gpus))
     launcher = subprocess.Popen(command(stage, run.path, launch), env=variables, start_new_session=True)
@@ -135,7 +135,7 @@ def _rank_processes(launcher: int) -> list[psutil.Process]:
         below = psutil.Process(launcher).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    # the launchers in between name the worker too, and kill it when they are told to stop
+    # intermediate launchers also have the worker's module in their command line, and kill it on a signal
     return [
         child
         for child in below

@@ -1,6 +1,6 @@
-"""manifest.json: what a finished run was made from, with hashes; and the questions it answers.
+"""manifest.json: the inputs and outputs of a finished run, with hashes.
 
-Is this run finished and unchanged? What are its parents, and have they changed since?
+It is used to tell whether a run is finished and unchanged, and whether its parents have changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from align_cli.run.directory import RunDirectory, write_atomically
 
 PACKAGES = ("align-cli", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
 LOOSE = ("force", "launch")
-"""Recipe keys that do not change what a run computes."""
+"""Recipe keys that do not affect the results."""
 
 
 def now() -> str:
@@ -32,7 +32,7 @@ def sha256(file: Path) -> str:
 
 
 def read(run: str | Path) -> dict[str, Any] | None:
-    """A run's manifest, or None if it has none that can be read."""
+    """A run's manifest, or None if it is missing or unreadable."""
     try:
         content = json.loads((Path(run) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -41,7 +41,7 @@ def read(run: str | Path) -> dict[str, Any] | None:
 
 
 def parent(role: str, path: str) -> dict[str, Any]:
-    """A parent's entry: a run by its manifest's hash, a plain model directory by its weights' fingerprint."""
+    """The entry of a parent: runs are identified by the manifest's hash, model directories by a weight fingerprint."""
     manifest = Path(path) / "manifest.json"
     if manifest.is_file():
         return {"role": role, "path": path, "manifest_sha256": sha256(manifest)}
@@ -49,7 +49,7 @@ def parent(role: str, path: str) -> dict[str, Any]:
 
 
 def run_of(file: str) -> str | None:
-    """The finished run in whose directory a data file lies, if any."""
+    """The finished run whose directory contains a data file, if any."""
     for folder in Path(file).parents:
         if (folder / "manifest.json").is_file():
             return str(folder)
@@ -57,7 +57,7 @@ def run_of(file: str) -> str | None:
 
 
 def changed_parents(manifest: dict[str, Any]) -> list[str]:
-    """A line for every parent that is gone or no longer what it was."""
+    """A line for every parent that is missing or has changed."""
     lines = []
     for entry in manifest.get("parents", []):
         path, today = entry["path"], parent(entry["role"], entry["path"])
@@ -69,7 +69,7 @@ def changed_parents(manifest: dict[str, Any]) -> list[str]:
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
-    """`key old → new` for every setting that two resolved recipes differ in, loose keys aside."""
+    """`key old → new` for every setting that differs between two resolved recipes, except the keys in LOOSE."""
     keys = []
     for key in sorted(set(old) | set(new)):
         if not path and key in LOOSE:
@@ -83,7 +83,7 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> 
 
 
 def missing_files(run: RunDirectory, manifest: dict[str, Any]) -> list[str]:
-    """A line for every file of a finished run that is gone or of another size."""
+    """A line for every file of a finished run that is missing or has another size."""
     lines = []
     for name, entry in manifest.get("files", {}).items():
         file = run.path / name
@@ -106,7 +106,7 @@ def write(
     started: str,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the manifest, last and atomically; its presence is what "finished" means. Returns it."""
+    """Write the manifest atomically, as the last file: a run with a manifest is finished. Returns it."""
     files = {
         file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
         for file in sorted(run.path.iterdir())
