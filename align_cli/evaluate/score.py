@@ -2,7 +2,7 @@
 
     align score runs/demo/rm data=answers.jsonl out=scores.jsonl
 
-What is written is a scored list (`prompt`, `responses`, `scores`), which `align rm` and `align dpo` take as it is.
+It writes scored lists (`prompt`, `responses`, `scores`), which `align rm` and `align dpo` accept as data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEYS = ("data", "out", "format", "max_length", "batch_tokens")
 
 
 def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
-    """Score a file and write the result. Raises AlignError for what the user must correct."""
+    """Score a file and write the result. Raises AlignError for user errors."""
     given = _settings(settings)
     contents = kind.look(path)
     if contents.kind == "unfinished":
@@ -39,12 +39,12 @@ def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
         raise UpstreamError(f"{path}: {finding}; name a finished reward model such as runs/demo/rm")
     out = Path(given.get("out") or f"{Path(given['data']).stem}.scores.jsonl")
     if out.is_dir() or not out.parent.is_dir():
-        raise AlignError(f"out: {out}: is a directory or is in none; name a file in an existing directory")
+        raise AlignError(f"out: {out}: is a directory, or its directory does not exist; name a file in an existing directory")
     groups, counts = _groups(given)
     for line in counts:
         say(line)
     made = manifest.read(path) or {}
-    # the reward model has seen its template write one date
+    # the reward model was trained with this date in its template
     chat_date.use(made.get("template_date"))
     tokenizer = load.tokenizer(Model(path=path))
     model, scale = reward_head.load_run(path, tokenizer), made.get("reward", {})
@@ -82,7 +82,7 @@ def _settings(settings: list[str]) -> dict[str, str]:
             near = did_you_mean(key, list(KEYS)) or f"; known: {', '.join(f'{name}=' for name in KEYS)}"
             lines.append(f"command line: unknown setting '{word}'{near}")
         elif key in ("max_length", "batch_tokens") and not (value.isdigit() and int(value)):
-            lines.append(f"command line: {key} is '{value}'; give a number of tokens")
+            lines.append(f"command line: {key} is '{value}'; set a number of tokens")
         else:
             given[key] = value
     if "data" not in given and not lines:
@@ -93,7 +93,7 @@ def _settings(settings: list[str]) -> dict[str, str]:
 
 
 def _groups(given: dict[str, str]) -> tuple[list[Group], list[str]]:
-    """Groups with all of their responses: rankings and pairs where the file holds them, else single answers."""
+    """Groups with all their responses: rankings and pairs if the file has them, else single answers."""
     source = {"path": given["data"]} | ({"format": given["format"]} if "format" in given else {})
     errors = []
     for need in ("preferences", "demonstrations"):

@@ -116,7 +116,8 @@ class Guard:
         "nan",
     ]
     """Metric to monitor. kl: nats per sequence; gold_reward: score of the held-out reward model; reward_spread:
-    standard deviation of an ensemble's scores; nan: fires as soon as any metric is NaN or infinite, needs no threshold."""
+    standard deviation of an ensemble's scores; nan: fires as soon as any metric is NaN or infinite, without a
+    threshold."""
     above: float | None = None
     """Fires if the metric is above this value."""
     below: float | None = None

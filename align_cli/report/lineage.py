@@ -1,4 +1,4 @@
-"""What a run was made from, as a tree, with every parent that has changed since. Imports no torch."""
+"""`align lineage`: the inputs of a run as a tree, with the parents that have changed since. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SHOWN = ("loss", "train_loss", "eval_loss", "eval_rewards/accuracies")
 
 
 def show(path: str, console: Console) -> bool:
-    """Draw the tree above a run. Returns whether everything in it is still as it was.
+    """Print the tree of a run's parents. Returns whether they are all unchanged.
 
-    Raises UpstreamError if no run exists.
+    Raises UpstreamError if the run does not exist.
     """
     if not Path(path).is_dir():
         raise UpstreamError(f"{path}: no such run; runs are under runs/<name>/<stage>")
@@ -68,7 +68,7 @@ def _branch(path: str, entry: dict[str, Any] | None, stale: list[str], above: se
 def _summary(path: str, made: dict[str, Any] | None) -> str:
     if made is not None:
         figures = [f"{key} {made['metrics'][key]:.4g}" for key in SHOWN if key in made.get("metrics", {})]
-        # somebody else's manifest.json need not hold what ours does
+        # a manifest.json written by another tool may lack these keys
         parts = [made.get(key, "?") for key in ("stage", "status", "finished")]
         return " · ".join(["{}, {} {}".format(*parts), *figures])
     contents = kind.look(path)

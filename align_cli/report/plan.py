@@ -1,4 +1,4 @@
-"""What `align check` prints: what would run, on what, how long, and how much memory. Imports no torch."""
+"""What `align check` prints: models, data, batch, steps, devices and memory of a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from align_cli.run.preflight import Plan
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print a plan, a line a subject."""
+    """Print a plan, one line per subject."""
     recipe = plan.recipe
     rows: list[tuple[str, str]] = []
     console.print(f"align {recipe.stage} recipe={plan.composed.file}", style="bold", highlight=False, markup=False)
@@ -75,18 +75,18 @@ def show(plan: Plan, console: Console) -> None:
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     for name, text in rows:
-        # names of files and excerpts of rows hold brackets, which are not markup
+        # file names and excerpts of rows may contain brackets, which must not be read as markup
         grid.add_row(name, Text(text))
     console.print(grid, highlight=False)
 
 
 def _reference(recipe: Recipe) -> str | None:
-    """What the plan says of the reference; None for stages that have none."""
+    """The plan's entry for the reference; None for stages without one."""
     if REFERENCE not in recipe.spec.models or isinstance(recipe, SpinRecipe):
         return None
     if not recipe.needs_reference():
-        return "none: no loss compares with one"
-    own = "each round's start" if rounds.in_rounds(recipe) else "the policy as it starts"
+        return "none: no loss needs one"
+    own = "the policy at the start of each round" if rounds.in_rounds(recipe) else "the initial policy"
     return recipe.reference_path() or own
 
 
@@ -95,7 +95,7 @@ def _endpoint(source: GeneratorSource) -> str:
 
 
 def _reward(source: RewardSource) -> str:
-    """Where a reward comes from."""
+    """The plan's entry for a reward source."""
     if source.verify is not None:
         return f"{source.verify.kind}, compared with '{source.verify.column}'"
     if source.judge is not None:

@@ -1,4 +1,4 @@
-"""What `align show` prints: rows as the model will see them, trained tokens coloured, special tokens visible."""
+"""What `align show` prints: rows as the model sees them, with trained tokens coloured and special tokens visible."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def show(plan: Plan, count: int, console: Console) -> None:
     console.print(
         Text.assemble(("trained", TRAINED), " · ", ("seen, not trained", MASKED), " · ", ("special token", SPECIAL))
     )
-    # a ranked or labelled response is its last turn; demonstrations are trained on all of theirs by default
+    # ranked and labelled responses are the last turn only; demonstrations train on all assistant turns by default
     conversations = isinstance(recipe, SftRecipe)
     last_only = not conversations or recipe.method.train_on == "last-turn"
     notes: Counter[str] = Counter()
@@ -75,7 +75,7 @@ def show(plan: Plan, count: int, console: Console) -> None:
 
 
 def _coloured(tokenizer: Any, turns: chat.Turns) -> Text:
-    """The decoded tokens, coloured by whether they are trained; runs of one colour are decoded together."""
+    """The decoded tokens, coloured by whether they are trained; consecutive tokens of one colour are decoded together."""
     text = Text()
     specials = chat.end_tokens(tokenizer)
     run: list[int] = []

@@ -62,7 +62,7 @@ class RunDirectory:
                 shutil.rmtree(folder)
 
     def set_aside(self) -> Path:
-        """Rename the run to `<path>.old-N` to make room for a new one; nothing is deleted. Returns the new path."""
+        """Rename the run to `<path>.old-N`, so that it can be run again without deleting anything. Returns the new path."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
@@ -78,7 +78,7 @@ class RunDirectory:
                 folder.rmdir()
 
     def lock(self) -> None:
-        """Lock the directory until `unlock` or the end of the process. Raises LaunchError if another process holds it."""
+        """Lock the directory until `unlock` or process exit. Raises LaunchError if another process holds the lock."""
         if self._lock is not None:
             return
         while True:

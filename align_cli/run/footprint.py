@@ -11,7 +11,7 @@ from align_cli.run.upstream import recipe_of, stage_of_run
 
 
 def footprint(recipe: Recipe, per_device: int, ranks: int) -> tuple[memory.Sizes | None, list[memory.Part]]:
-    """The model's dimensions and the memory of one rank; (None, []) if the size is unknown until the model is loaded."""
+    """The model's dimensions and the memory of one rank; (None, []) if the size is unknown before loading."""
     size, gpu = _size(recipe), devices.gpus() > 0
     if size is None:
         return None, []

@@ -55,7 +55,7 @@ def called_by_launcher() -> bool:
 
 
 def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
-    """Run a stage from its command line. Returns the exit code; raises AlignError for what the user must correct."""
+    """Run a stage from its command line. Returns the exit code; raises AlignError for user errors."""
     environment.quiet()
     if called_by_launcher():
         from align_cli.run import worker

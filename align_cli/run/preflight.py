@@ -1,6 +1,7 @@
-"""Everything that can be found wrong before weights are read, and the plan of what would run. Imports no torch.
+"""All checks that can be made before weights are read, and the plan of a run. Imports no torch.
 
-A recipe is looked at as far as it validates, so that a bad key in one section does not hide a broken file in another.
+The valid part of an invalid recipe is checked, too, so that a bad key in one section does not hide a broken file in
+another.
 """
 
 from __future__ import annotations
@@ -52,25 +53,25 @@ class Plan:
     size: memory.Sizes | None = None
     memory: list[memory.Part] = field(default_factory=list)
     other_memory: list[memory.Part] = field(default_factory=list)
-    """Of the recipe's alternative: PPO's four models on one backbone, or the other way round."""
+    """Memory of the recipe's alternative: PPO's four models on one backbone, or as separate models."""
     notes: list[str] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)
-    """Data files that a run which is still to be made will write."""
+    """Data files that upstream runs have not written yet."""
 
     def tokenizer_path(self) -> str:
-        """Where a tokenizer can be had while the upstream run is still to be made: the model it will start from."""
+        """Where to load the tokenizer: the model path, or the initial model of an upstream run that does not exist yet."""
         path, depth = self.recipe.model.path, 0
         while kind.look(path).kind in ("missing", "unfinished") and (stage := stage_of_run(path)) and depth < 4:
             path, depth = check.load(stage, [f"recipe={recipe_of(stage, path)}"])[1].model.path, depth + 1
         return path
 
     def steps(self) -> int | None:
-        """Optimizer steps, where the number of rows is known."""
+        """Number of optimizer steps, or None if the number of rows is unknown."""
         recipe, trainer = self.recipe, self.recipe.trainer
         if (limit := trainer.get("max_steps", -1)) > 0:
             return limit
         sources = recipe.data.train
-        # counts are of local sources, those of data.train first
+        # counts exist for local sources only; those of data.train come first
         known = self.counts[: len(sources)] if all(map(is_local, sources)) else []
         if not known or any(count.partial for count in known) or self.batch is None or self.pending:
             return None
@@ -84,24 +85,24 @@ class Plan:
             rows *= 1 - recipe.data.eval
         steps = math.ceil(round(rows) / self.batch.total)
         if rollout := recipe.rollout():
-            # only whole rollouts, each with so many updates
+            # incomplete rollouts are dropped; each rollout has epochs × minibatches updates
             prompts = self.batch.total * rollout.minibatches // rollout.k
             steps = round(rows) // prompts * rollout.epochs * rollout.minibatches
         return math.ceil(steps * trainer.get("num_train_epochs", 3.0))
 
     def roughly(self) -> bool:
-        """Whether `steps` depends on which prompts are held out, and which rows a fractional weight takes."""
+        """Whether `steps` depends on random choices: held-out prompts, or the rows of a source with fractional weight."""
         data = self.recipe.data
         drawn = isinstance(data.eval, float) or any(source.weight % 1 for source in data.train)
         return drawn and self.recipe.trainer.get("max_steps", -1) <= 0
 
 
 def load(stage: str, arguments: list[str], *, starting: bool, render: bool = True) -> Plan:
-    """Compose, check and look at everything the recipe names.
+    """Compose a recipe and check everything that it names.
 
-    `starting` refuses upstream runs that are not finished; a check takes them as steps still to do. Without `render`,
-    rows that the chat template refuses are left to whoever reads them. Raises AlignError with every problem, from the
-    recipe's keys to the rows of its files.
+    With `starting`, upstream runs that are not finished are errors; otherwise they are listed in the plan's `todo`.
+    Without `render`, rows are not checked against the chat template, so the caller must handle rows that it rejects.
+    Raises AlignError with all problems, from the recipe's keys to the rows of its files.
     """
     composed = check.compose(stage, arguments)
     lines: list[str] = []
@@ -128,13 +129,13 @@ def load(stage: str, arguments: list[str], *, starting: bool, render: bool = Tru
 
 
 class _Look:
-    """Adds to a plan, and to `lines` what is wrong. The recipe may be partial: no model or data where they are bad."""
+    """Fills a plan, and adds problems to `lines`. The recipe may be partial: an invalid model or data is None."""
 
     def __init__(self, plan: Plan, lines: list[str], starting: bool):
         self.plan, self.recipe, self.lines, self.starting = plan, plan.recipe, lines, starting
 
     def at_models(self) -> None:
-        """The model that is trained, and every other one that is named."""
+        """The trained model, and all other models of the recipe."""
         recipe, where = self.recipe, (self.starting, self.plan.todo)
         if recipe.model is not None:
             self.lines += policy_problems("model.path", recipe.model.path, *where)
@@ -152,14 +153,14 @@ class _Look:
             self.lines += generator_problems(key, source, *where)
 
     def at_constitution(self, recipe: CaiRecipe) -> None:
-        """The constitution of `align cai`, and rows of an earlier run."""
+        """The constitution of `align cai`, and the rows of an earlier run."""
         lines, counts = constitutional.constitution_problems(recipe.method)
         self.lines += lines
         self.plan.counts += counts
         self.lines += constitutional.row_problems(recipe.method)
 
     def at_judges(self) -> None:
-        """Judges that are rewards, and their constitutions, which the manifest counts as sources."""
+        """Judges used as rewards, and their constitutions, which the manifest lists as data sources."""
         for key, source in self.recipe.judges():
             if any(source.rules()):
                 continue  # the recipe's check reports it
@@ -171,13 +172,13 @@ class _Look:
                 self.lines += error.lines
 
     def at_template(self) -> SavedTokenizer | None:
-        """The tokenizer's files where they are at hand, and what is wrong with its template."""
+        """Check the tokenizer and its template. Returns the tokenizer if its files are available."""
         model = self.recipe.model
         if model is None or (model.chat_template and templates.problems(model.path, model.chat_template)):
             return None
         try:
             path = self.plan.tokenizer_path()
-        except AlignError:  # `at_models` reports what is wrong with the run that is named
+        except AlignError:  # `at_models` reports the problems of the upstream run
             return None
         tokenizer = saved_tokenizer.read(model, path)
         if tokenizer is None:
@@ -201,11 +202,11 @@ class _Look:
         trainer = recipe.trainer or {}
         self.lines += schedule.problems(trainer, evaluated=data.eval is not None)
         if data.streaming and schedule.steps_given(trainer) <= 0:
-            self.lines.append("data.streaming: needs to know when to stop; set trainer.max_steps=…")
+            self.lines.append("data.streaming: the number of steps is unknown; set trainer.max_steps=…")
         self.lines += sample_problems(recipe.samples, tokenizer)
 
     def at_method_sources(self, tokenizer: SavedTokenizer | None) -> None:
-        """Further sources that a method names: what scores are centered on, what PPO-ptx trains on, cai's prompts."""
+        """Sources of a method: method.center_on of rm, method.ptx of ppo, method.harmless and method.helpful of cai."""
         data, plan = self.recipe.data, self.plan
         for _, sources, rows in self.recipe.method_sources() if data is not None else ():
             more = replace(data, train=sources, eval=None)
@@ -217,7 +218,7 @@ class _Look:
                 plan.counts += counts if isinstance(self.recipe, CaiRecipe) else []
 
     def at_run(self) -> None:
-        """State of the run directory, batch arithmetic and memory; needs a recipe without problems."""
+        """State of the run directory, batch arithmetic and memory; requires a valid recipe."""
         recipe, plan = self.recipe, self.plan
         run = RunDirectory(recipe.run_dir)
         plan.state = run.state()
@@ -241,8 +242,8 @@ class _Look:
 
 
 def date_of(plan: Plan) -> str | None:
-    """The date that the run's chat template writes, if it writes one: the recipe's, that of the run as it was begun,
-    or today's."""
+    """The date inserted by the chat template, or None if it inserts none: the recipe's date, the date on which the
+    unfinished run started, or today."""
     import yaml
 
     recipe = plan.recipe
@@ -256,7 +257,7 @@ def date_of(plan: Plan) -> str | None:
 
 
 def unchanged(plan: Plan) -> tuple[bool, list[str]]:
-    """Whether a finished run is what this recipe would make, and what differs if it is not."""
+    """Whether the existing run matches this recipe, and the differences if it does not."""
     import yaml
 
     run = RunDirectory(plan.recipe.run_dir)
@@ -265,11 +266,11 @@ def unchanged(plan: Plan) -> tuple[bool, list[str]]:
         old = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         old = None
-    if not isinstance(old, dict):  # edited by hand: not to be resumed as if it were this recipe
+    if not isinstance(old, dict):  # edited by hand: must not be resumed as if it were this recipe
         return False, [f"{run.recipe} cannot be read"]
     tree = check.to_tree(plan.recipe)
     if tree["data"]["date"] is None and isinstance(old.get("data"), dict):
-        # the run keeps the date on which it began
+        # the run keeps the date on which it started
         tree["data"]["date"] = old["data"].get("date")
         old["data"].setdefault("date", None)
     differs = manifest.differing_keys(old, tree)

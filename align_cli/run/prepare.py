@@ -1,4 +1,4 @@
-"""From a plan to a run directory that holds its recipe: what is done once, before any rank starts."""
+"""Prepares the run directory of a plan, once, before any rank starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CACHE = Path("runs/.cache")
 
 
 def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
-    """The run directory, locked by this process and with recipe.yaml in it; None if it holds a finished, unchanged run.
+    """Lock the run directory and write recipe.yaml into it; returns None if it holds a finished, unchanged run.
 
-    A finished run of another recipe is moved aside, never overwritten. Raises UpstreamError for an unfinished one,
-    whose checkpoints another recipe must not continue, and LaunchError if another process works in it.
+    A finished run of another recipe is renamed, never overwritten. Raises UpstreamError for an unfinished run of
+    another recipe, whose checkpoints this one must not continue, and LaunchError if another process uses it.
     """
     run = RunDirectory(plan.recipe.run_dir)
     again = f"align {plan.composed.stage} recipe={run.recipe}"
@@ -32,12 +32,12 @@ def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
         if plan.state == "unfinished" and not same and not plan.recipe.force:
             raise UpstreamError(
                 f"{run.path}: holds an unfinished run of another recipe ({_shortened(differs)}); finish it with "
-                f"`{again}`, or start anew with force=true"
+                f"`{again}`, or start over with force=true"
             )
     run.lock()
     if run.state() != plan.state:
         run.unlock()
-        raise LaunchError(f"{run.path}: another align was at work in it until now; give the same command again")
+        raise LaunchError(f"{run.path}: another align changed it just now; run the same command again")
     if plan.state == "finished" or (plan.state == "unfinished" and plan.recipe.force):
         why = "force=true" if plan.recipe.force else _shortened(differs)
         say(f"{run.path}: running again ({why}); the old run is now {run.set_aside()}")

@@ -1,4 +1,4 @@
-"""When a trainer evaluates, saves, logs and stops: what transformers would refuse with a traceback."""
+"""Checks of when a trainer evaluates, saves, logs and stops, which transformers would report with a traceback."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ EVALUATES = {
     "eval_on_start": (False, None),
     "save_strategy": ("no", "steps", "epoch", False, True, None),
 }
-"""Trainer fields that ask for an evaluation unless they have one of these values."""
+"""Trainer fields that trigger an evaluation unless they have one of these values."""
 
 
 def problems(trainer: dict[str, Any], evaluated: bool) -> list[str]:
-    """When to evaluate, save and log: what transformers would refuse with a traceback."""
+    """Problems of when to evaluate, save and log. `evaluated`: whether data.eval is set."""
     lines = [
-        f"trainer.{key}: is {str(trainer[key]).lower()}, as which YAML reads a bare yes or no; write {key}: 'no'"
+        f"trainer.{key}: is {str(trainer[key]).lower()}, since YAML reads yes and no as booleans; write {key}: 'no'"
         for key in ("eval_strategy", "save_strategy", "logging_strategy")
         if isinstance(trainer.get(key), bool)
     ]
@@ -27,13 +27,13 @@ def problems(trainer: dict[str, Any], evaluated: bool) -> list[str]:
         ]
     elif trainer.get("save_strategy") == "best":
         if not trainer.get("metric_for_best_model"):
-            lines.append("trainer.save_strategy: best by which metric? set trainer.metric_for_best_model=eval_loss")
+            lines.append("trainer.save_strategy: best needs a metric; set trainer.metric_for_best_model=eval_loss")
         if trainer.get("eval_strategy", "no") == "no":
-            lines.append("trainer.save_strategy: best needs evaluations on the way; set trainer.eval_strategy=epoch")
+            lines.append("trainer.save_strategy: best needs evaluations; set trainer.eval_strategy=epoch")
     return lines
 
 
 def steps_given(trainer: Any) -> float:
-    """trainer.max_steps, where it is a number."""
+    """trainer.max_steps if it is a number, else 0."""
     steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
     return steps if isinstance(steps, (int, float)) else 0

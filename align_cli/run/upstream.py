@@ -1,4 +1,4 @@
-"""The models that a recipe names: can they serve, or which command makes them. Imports no torch."""
+"""Checks that the models of a recipe are usable, and finds the commands that create missing ones. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from align_cli.recipe.stages import STAGES
 
 
 def policy_problems(key: str, path: str, starting: bool, todo: list[str]) -> list[str]:
-    """Why a path cannot serve as a causal language model; adds the commands that make it to `todo`, in order, if it is
-    still to be made and nothing is `starting`."""
+    """Why a path cannot be used as a causal language model. For a run that does not exist yet, adds the commands that
+    create it to `todo`, in order, unless `starting`."""
     contents = kind.look(path)
     stage = stage_of_run(path)
     if stage is not None and contents.kind == "missing":
@@ -38,20 +38,20 @@ def policy_problems(key: str, path: str, starting: bool, todo: list[str]) -> lis
 
 
 def _base_problems(key: str, path: str, base: str | None) -> list[str]:
-    """Why an adapter's base cannot serve."""
+    """Why an adapter's base model cannot be used."""
     contents = kind.look(base) if base else None
     if contents is not None and contents.kind in ("causal-lm", "hub"):
         return []
     missing = contents is None or contents.kind == "missing"
     finding = "does not exist" if missing else contents.finding or f"is a {contents.kind}"
     return [
-        f"{key}: {path} is an adapter whose base {base or '(unnamed)'} {finding}; put the base back, or name a model "
+        f"{key}: {path} is an adapter whose base {base or '(unnamed)'} {finding}; restore the base, or name a model "
         "merged by `align merge`"
     ]
 
 
 def reward_problems(key: str, path: str, starting: bool, todo: list[str]) -> list[str]:
-    """Why a path cannot serve as a reward model: a policy's head would be drawn at random, and rewards be noise."""
+    """Why a path cannot be used as a reward model. A policy is an error: its scalar head would be initialized at random."""
     contents, stage = kind.look(path), stage_of_run(path)
     if stage is not None and contents.kind == "missing":
         return _to_be_made(key, path, stage, starting, todo)
@@ -69,7 +69,7 @@ def backbone_problems(key: str, run: str, base: str) -> list[str]:
     """Why a reward model cannot share the backbone `base`."""
     contents = kind.look(run)
     if contents.kind == "missing":
-        return []  # `reward_problems` reports it, or it is still to be made
+        return []  # reported by `reward_problems`, or a run that does not exist yet
     if contents.kind != "adapter" or not contents.reward:
         return [
             f"{key}: {run} is not an adapter, so it cannot share the policy's backbone; train it with lora: on {base}, "
@@ -77,14 +77,14 @@ def backbone_problems(key: str, run: str, base: str) -> list[str]:
         ]
     if contents.base != base and kind.fingerprint(contents.base or "") != (kind.fingerprint(base) or "none"):
         return [
-            f"{key}: {run} is an adapter on {contents.base}, not on {base}; name the model it was made on, or remove "
+            f"{key}: {run} is an adapter on {contents.base}, not on {base}; name the base it was trained on, or remove "
             "lora"
         ]
     return []
 
 
 def generator_problems(key: str, source: GeneratorSource, starting: bool, todo: list[str]) -> list[str]:
-    """Why a writer or a judge cannot serve. An endpoint is not contacted before the run starts."""
+    """Why a writer or a judge cannot be used. Endpoints are not contacted before the run starts."""
     if source.path is None:
         return source.environment_problems(key)
     template = templates.problems(source.path, source.chat_template)
@@ -94,9 +94,11 @@ def generator_problems(key: str, source: GeneratorSource, starting: bool, todo: 
 
 
 def existing(data: Data, lines: list[str], starting: bool, todo: list[str]) -> tuple[Data | None, list[str]]:
-    """The data without files that a run which is still to be made will write (None if that leaves no training data),
-    and those files. Adds the commands that make them to `todo`, and to `lines` why they cannot be made or, where a
-    stage is `starting`, that they must be made first."""
+    """(the data without files that upstream runs have not written yet, or None if no training data remains; those files).
+
+    Adds the commands that write them to `todo`. Adds to `lines` why they cannot be written or, with `starting`, that
+    they must be written first.
+    """
     pending: list[str] = []
     for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
         for source in sources if isinstance(sources, list) else ():
@@ -119,7 +121,7 @@ def existing(data: Data, lines: list[str], starting: bool, todo: list[str]) -> t
 
 
 def _to_be_made(key: str, path: str, stage: str, starting: bool, todo: list[str]) -> list[str]:
-    """Why a run that does not exist cannot be made, or has to be made first."""
+    """Why a missing run cannot be created, or that it must be created first. Otherwise adds its command to `todo`."""
     name = recipe_of(stage, path)
     command = f"align {stage} recipe={name}"
     if command in todo:
@@ -134,15 +136,15 @@ def _to_be_made(key: str, path: str, stage: str, starting: bool, todo: list[str]
         return [f"{key}: {path} does not exist, and `{command}` starts from it; write a recipe that makes it"]
     if starting:
         return [f"{key}: {path} does not exist. Run `{command}` first."]
-    todo.append(command)  # for runs that name each other
+    todo.append(command)  # stops the recursion for runs that name each other
     lines = policy_problems(f"`{command}`: model.path", above.model.path, starting, todo)
     todo.remove(command)
-    todo.append(command)  # after what it needs itself
+    todo.append(command)  # after the commands it depends on
     return lines
 
 
 def same_place(one: str, other: str) -> bool:
-    """Whether two spellings are of one path."""
+    """Whether two strings denote the same path."""
     return os.path.abspath(one) == os.path.abspath(other)
 
 
@@ -156,12 +158,12 @@ def stage_of_run(path: str) -> str | None:
 
 
 def recipe_of(stage: str, path: str) -> str:
-    """What to write after recipe= to make that run."""
+    """The value of recipe= that creates a run."""
     unfinished = Path(path) / "recipe.yaml"
     return str(unfinished) if unfinished.is_file() else f"{Path(os.path.relpath(path)).parts[1]}.yaml"
 
 
 def _near(path: str) -> str:
-    """`. Did you mean …?` for the directory beside it with the nearest name."""
+    """`. Did you mean …?` with the closest name of a sibling directory, else the empty string."""
     parent = Path(path).parent
     return did_you_mean(path, [str(entry) for entry in parent.glob("*") if entry.is_dir()] if parent.is_dir() else [])

@@ -1,4 +1,4 @@
-"""One rank: reads the run's recipe, runs the stage, and on rank 0 writes the manifest."""
+"""A rank: reads the run's recipe, runs the stage, and writes the manifest on rank 0."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
-    """One of several ranks that a launcher started with the user's own command line.
+    """One of several ranks that an external launcher started with the user's command line.
 
-    Rank 0 composes, checks and prepares; the others wait for its word.
+    Rank 0 composes, checks and prepares the run, and broadcasts the recipe or an exit code to the others.
     """
     from align_cli import distributed
 
@@ -54,20 +54,20 @@ def as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int
 
 
 def run(stage: str, path: Path) -> int:
-    """A prepared run in this process, alone or as one of the ranks that `align` started."""
+    """Run a prepared run in this process, alone or as one of the ranks that `align` started."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _stage(stage, str(path), (path / "recipe.yaml").read_text(encoding="utf-8"))
     from align_cli import distributed
 
     _end_with_parent()
     distributed.join()
-    # hosts need not share a file system for the recipe: rank 0's goes to all
+    # rank 0 broadcasts the recipe, so that hosts need not share a file system for it
     own = (path / "recipe.yaml").read_text(encoding="utf-8") if distributed.rank() == 0 else None
     return _stage(stage, str(path), distributed.broadcast(own))
 
 
 def _stage(stage: str, path: str, text: str) -> int:
-    """Run the stage; 0, or 128 + the signal that stopped it. Raises AlignError."""
+    """Run the stage. Returns 0, or 128 + the signal that stopped it. Raises AlignError."""
     import yaml
     from rich.console import Console
 
@@ -77,12 +77,12 @@ def _stage(stage: str, path: str, text: str) -> int:
     recipe, run_directory = from_tree(stage, yaml.safe_load(text)), RunDirectory(path)
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), distributed.rank()
     if ranks == 1 and deepspeed_config(recipe.zero) is not None:
-        # DeepSpeed wants a process group even alone, and would ask MPI for one
+        # DeepSpeed needs a process group even for a single process, and would otherwise try MPI
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(environment.free_port())
         distributed.join()
     if rank != 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one voice: libraries print on every rank
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  libraries print on every rank
     distributed.use_local_device()
     cpu.install(ranks)
     chat_date.use(recipe.data.date)
@@ -127,8 +127,8 @@ def _stage(stage: str, path: str, text: str) -> int:
 
 
 def _merge_adapter_parents(job: Job) -> None:
-    """An adapter as parent is merged into this run's `base/`, so that policy, reference and any new adapter start
-    from the model it stands for; a reference taken from its base would give loss 0 and accuracy 1."""
+    """Merge parents that are adapters into this run's `base/` and `reference/`, so that policy, reference and any new
+    adapter start from the merged model. The adapter's base as reference would give loss 0 and accuracy 1."""
     from align_cli import distributed
     from align_cli.model import lora
 
@@ -142,7 +142,7 @@ def _merge_adapter_parents(job: Job) -> None:
 
 
 def _merged(job: Job, name: str, path: str, merge: Callable[..., None]) -> str:
-    """Where in the run the model that an adapter stands for is; rank 0 writes it."""
+    """Folder of the merged model of an adapter, which rank 0 writes."""
     folder = job.run.path / name
     if job.main and not folder.is_dir():
         job.say(f"merging the adapter {path} into its base")
@@ -151,13 +151,13 @@ def _merged(job: Job, name: str, path: str, merge: Callable[..., None]) -> str:
 
 
 def _merged_parents(job: Job) -> list[Path]:
-    """Merged parents that the finished run does not need: all but the base of an adapter that was trained on it."""
+    """Merged parents that the finished run does not need: all except the base of an adapter trained by this run."""
     needed = {job.base} if job.recipe.lora else set()
     return [job.run.path / role for role in ("base", "reference") if str(job.run.path / role) not in needed]
 
 
 def _parents(recipe: Recipe) -> list[dict[str, Any]]:
-    """The manifest's entries of every model and run that this one was made from."""
+    """The manifest's entries for all models and runs that this run used."""
     models = [("policy", recipe.model.path)]
     if (reference := recipe.reference_path()) is not None:
         models.append(("reference", reference))
@@ -174,13 +174,13 @@ def _parents(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _code(recipe: Recipe) -> dict[str, Any]:
-    """The Python functions that were rewards, by the hash of their files."""
+    """The manifest's entry for Python reward functions, with the hashes of their files."""
     entries = [function.fingerprint(entry) for _, entry in recipe.reward_functions()]
     return {"code": entries} if entries else {}
 
 
 def _end_with_parent() -> None:
-    """End this rank when the command that started it is gone."""
+    """Exit when the command that started this rank has ended."""
     host, _, pid = os.environ.get(environment.PARENT, "").rpartition(":")
     if not pid or host != socket.gethostname():
         return
@@ -212,7 +212,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     code = main()
-    # the run is over and written; threads that libraries left behind would abort the interpreter's own way out
+    # the run is complete and saved; threads left by libraries would make a normal interpreter exit abort
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
