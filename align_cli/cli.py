@@ -1,4 +1,4 @@
-"""The commands. Imports nothing heavy: `align --help` answers at once, and torch is loaded only to train."""
+"""The commands. Heavy imports are deferred, so that `align --help` is fast and torch is loaded only when needed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import typer
 from align_cli.errors import AlignError, RecipeError, did_you_mean
 from align_cli.recipe.stages import STAGES
 
-# `--beta=3` is passed on, so that the answer can be "write beta=3"
+# `--beta=3` is passed on to the command, so that its error can say "write beta=3"
 PASS_ON = {"ignore_unknown_options": True}
 Settings = Annotated[list[str] | None, typer.Argument(metavar="recipe=NAME.yaml [KEY=VALUE …]", show_default=False)]
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]
 AllowCode = Annotated[
     bool,
-    typer.Option("--allow-code", help="Let the recipe's rewards name Python functions, which run with your rights."),
+    typer.Option("--allow-code", help="Allow the recipe to name Python functions as rewards. They run with your permissions."),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo/dpo.")]
 
 
 class Commands(typer.core.TyperGroup):
-    """Errors of the command line in one line; an unknown command names the nearest one."""
+    """A group that prints command-line errors in one line, with the closest command for an unknown one."""
 
     def make_context(self, *args, **kwargs):
         with _in_one_line():
@@ -46,7 +46,7 @@ class Commands(typer.core.TyperGroup):
 
 @contextlib.contextmanager
 def _in_one_line():
-    """A missing argument or an unknown option in one line, where typer prints the usage above it."""
+    """Print usage errors in one line; typer would print the usage text, too."""
     usage_error = typer.BadParameter.__base__
     try:
         yield
@@ -68,7 +68,7 @@ def _version(requested: bool) -> None:
 
 app = typer.Typer(
     cls=Commands,
-    help="Align a language model: one recipe, one run; stages chain through their run directories.",
+    help="Align a language model. Each run is one recipe; stages use each other's run directories.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -81,7 +81,7 @@ app.add_typer(recipes_app, name="recipes")
 
 
 def _answers(command: Callable) -> Callable:
-    """A command whose AlignError becomes one printed line a problem and exit code 2."""
+    """Wrap a command: an AlignError is printed as one line per problem, with exit code 2."""
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
@@ -104,7 +104,7 @@ def _console(**kwargs):
 
     console = Console(soft_wrap=True, **kwargs)
     if not console.is_terminal:
-        console.width = 160  # a pipe has no width of its own, and folded lines are hard to grep
+        console.width = 160  # a pipe has no width, and wrapped lines are hard to grep
     return console
 
 
@@ -126,10 +126,10 @@ def _allow(code: bool) -> None:
 def root(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    # DeepSpeed's launcher puts --local_rank=N before the command of `--module align_cli`; the environment says the same
+    # DeepSpeed's launcher inserts --local_rank=N before the command; it is ignored, since LOCAL_RANK has the value
     pass
 
 
@@ -150,7 +150,7 @@ for _spec in STAGES.values():
 @app.command(context_settings=PASS_ON)
 @_answers
 def check(stage: Stage, settings: Settings = None, allow_code: AllowCode = False) -> None:
-    """Validate everything a recipe names, print the plan, start nothing."""
+    """Validate a recipe and everything it names, and print the plan without starting a run."""
     from align_cli.report import plan as report
     from align_cli.run import preflight
 
@@ -163,10 +163,10 @@ def check(stage: Stage, settings: Settings = None, allow_code: AllowCode = False
 def show(
     stage: Stage,
     settings: Settings = None,
-    rows: Annotated[int, typer.Option("--rows", "-n", help="How many rows.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", "-n", help="Number of rows.")] = 3,
     allow_code: AllowCode = False,
 ) -> None:
-    """Print rows as the model will see them, trained tokens marked."""
+    """Print rows as the model sees them, with trained tokens marked."""
     from align_cli.run import environment, preflight
 
     _allow(allow_code)
@@ -180,7 +180,7 @@ def show(
 @app.command()
 @_answers
 def lineage(runs: Annotated[list[str], typer.Argument(metavar="RUN…")]) -> None:
-    """Draw what a run was made from, and say which parents have changed since."""
+    """Print the inputs of a run as a tree, with the parents that have changed since."""
     from align_cli.report import lineage as report
 
     for run in runs:
@@ -190,7 +190,7 @@ def lineage(runs: Annotated[list[str], typer.Argument(metavar="RUN…")]) -> Non
 @app.command()
 @_answers
 def report(runs: Annotated[list[str], typer.Argument(metavar="RUN…")]) -> None:
-    """Write the page of a Constitutional AI run again: every chain from first answer to label."""
+    """Rewrite the HTML report of a Constitutional AI run: all chains from initial answer to label."""
     from pathlib import Path
 
     from align_cli.constitutional import audit
@@ -209,7 +209,7 @@ def merge(
     run: Run,
     to: Annotated[str | None, typer.Option("--to", metavar="DIR", help="Default: RUN-merged.")] = None,
 ) -> None:
-    """Write the model that a LoRA run stands for, its adapter merged into the base."""
+    """Merge the adapter of a LoRA run into its base and write the resulting model."""
     from pathlib import Path
 
     from align_cli.model import kind
@@ -217,14 +217,14 @@ def merge(
 
     contents = kind.look(run)
     if contents.kind != "adapter":
-        whole = {"causal-lm": "holds a whole model", "reward-model": "holds a whole reward model"}
+        whole = {"causal-lm": "holds a full model", "reward-model": "holds a full reward model"}
         finding = whole.get(contents.kind) or contents.finding or "no such directory"
         unfinished = contents.kind == "unfinished"
-        remedy = "finish it first" if unfinished else contents.remedy or "only a run made with lora: needs merging"
+        remedy = "finish it first" if unfinished else contents.remedy or "only a run trained with lora: needs merging"
         raise AlignError(f"{run}: {finding}; {remedy}")
     destination = Path(to or f"{run.rstrip('/')}-merged")
     if destination.exists():
-        raise AlignError(f"{destination}: exists already; remove it or write --to another directory")
+        raise AlignError(f"{destination}: already exists; remove it, or set --to to another directory")
     environment.quiet()
     from align_cli.model import lora
 
@@ -250,7 +250,7 @@ def score(
 @app.command()
 @_answers
 def schema(stage: Stage) -> None:
-    """Print a JSON schema of a stage's recipes, for an editor's completion and checks."""
+    """Print the JSON schema of a stage's recipes: its keys, and completion and checks in editors."""
     import json
 
     from align_cli.recipe.check import json_schema
@@ -267,7 +267,7 @@ def recipes_root(context: typer.Context) -> None:
 @recipes_app.command("list")
 @_answers
 def recipes_list() -> None:
-    """List the recipes that can be found from here, with the line that runs each."""
+    """List the available recipes, with the command that runs each."""
     from align_cli.recipe import catalog
 
     for line in catalog.listed():
@@ -289,20 +289,20 @@ def recipes_copy(
     name: Annotated[str, typer.Argument(metavar="STAGE/NAME")],
     destination: Annotated[str, typer.Argument(metavar="DEST")],
 ) -> None:
-    """Copy a recipe, to change it. The groups it names are still found in the package."""
+    """Copy a recipe for editing. The groups it names are still found in the package."""
     from align_cli.recipe import catalog
 
     typer.echo(catalog.copy(name, destination))
 
 
 def main() -> None:
-    """The console script."""
+    """Entry point of the console script."""
     try:
         app(prog_name="align")
     except SystemExit as end:
         if "RANK" not in os.environ:
             raise
-        # one of several ranks: threads that libraries left behind would abort the interpreter's own way out
+        # one of several ranks: threads left by libraries would make a normal interpreter exit abort
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else 1 if end.code else 0)

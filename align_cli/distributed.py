@@ -1,6 +1,6 @@
-"""Ranks: joining them, values that all of them share, and the device of each.
+"""Process group of the ranks, communication between them, and the device of each.
 
-Every function works in a single process, too. Those that exchange something must be called on all ranks.
+Every function also works in a single process. Functions that communicate must be called on all ranks.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ Value = TypeVar("Value")
 
 
 def rank() -> int:
-    """This process' number among the ranks."""
+    """Global rank of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of ranks that exchange something: 1 before they have joined."""
+    """Number of ranks in the process group; 1 before `join`."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def device() -> torch.device:
-    """Where this rank computes: its GPU, or the CPU."""
+    """This rank's device: its GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -36,7 +36,7 @@ def use_local_device() -> None:
 
 
 def join() -> None:
-    """Form the process group, which later libraries find and use."""
+    """Create the process group, which libraries then reuse."""
     if not torch.distributed.is_initialized():
         use_local_device()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -44,20 +44,20 @@ def join() -> None:
 
 
 def leave() -> None:
-    """End together: the launcher kills the ranks that remain once one has exited with a code other than 0."""
+    """Wait for all ranks and destroy the process group: after a rank exits with an error, the launcher kills the others."""
     if world_size() > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait for all ranks."""
     if world_size() > 1:
         torch.distributed.barrier()
 
 
 def broadcast(value: Value | None) -> Value:
-    """Rank 0's value, on every rank; what the others pass is ignored."""
+    """Rank 0's value, on every rank; the values of the other ranks are ignored."""
     if world_size() == 1:
         return value
     box = [value]
@@ -75,7 +75,7 @@ def gather(value: Value) -> list[Value]:
 
 
 def largest(value: int) -> int:
-    """The largest of all ranks' numbers, on every rank."""
+    """The maximum over all ranks, on every rank."""
     if world_size() == 1:
         return value
     number = torch.tensor([value], device=device())

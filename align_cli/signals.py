@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one way to catch them for a while. Imports no torch."""
+"""Temporary handlers for SIGINT (Ctrl-C) and SIGTERM. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 @contextlib.contextmanager
 def caught_by(handler: Handler) -> Iterator[None]:
-    """Within, SIGINT and SIGTERM call `handler`; afterwards what handled them before does again."""
+    """Call `handler` on SIGINT and SIGTERM inside the context; restore the previous handlers afterwards."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -22,6 +22,6 @@ def caught_by(handler: Handler) -> Iterator[None]:
 
 
 def deliver(number: int) -> None:
-    """End the process as the signal would without a handler."""
+    """End the process by the default action of the signal."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)

@@ -75,7 +75,7 @@ def show(plan: Plan, count: int, console: Console) -> None:
 
 
 def _coloured(tokenizer: Any, turns: chat.Turns) -> Text:
-    """The decoded tokens, coloured by whether they are trained; consecutive tokens of one colour are decoded together."""
+    """The decoded tokens, coloured by whether they are trained; tokens of one colour are decoded together."""
     text = Text()
     specials = chat.end_tokens(tokenizer)
     run: list[int] = []

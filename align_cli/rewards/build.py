@@ -1,6 +1,6 @@
-"""A recipe's reward sources made into rewards: reward-model runs, checks, Python functions and judges.
+"""Builds rewards from a recipe's sources: reward models, checks, Python functions and judges.
 
-To add a kind of reward: a field of `recipe.rewards.RewardSource`, and a branch of `build`.
+To add a kind of reward, add a field to `recipe.rewards.RewardSource` and a branch to `build`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from align_cli.training.job import Job
 from align_cli.training.placement import Place
 
 SCORED_TOKENS = 8192
-"""Tokens that go through a reward model at a time."""
+"""Maximum tokens per forward pass of a reward model."""
 
 AtEnds = Callable[[dict[str, Tensor]], Tensor]
-"""(n, 1, h) scores at the responses' ends of a packed micro-batch."""
+"""Packed micro-batch -> (n, 1, h) scores at the ends of the responses."""
 
 
 def build_all(job: Job, place: Place, backbone: Scorer | None = None) -> list[Reward]:
-    """The recipe's rewards. `backbone` scores in place of reward models, where the policy's backbone plays them."""
+    """The recipe's rewards. `backbone`, if given, replaces reward models that are adapters on the policy's backbone."""
     return [build(job, source, key, place, backbone) for key, source in job.recipe.reward_sources()]
 
 
 def build(job: Job, source: RewardSource, key: str, place: Place, backbone: Scorer | None = None) -> Reward:
-    """The reward of one source; `key` is where the recipe names it. Raises AlignError if it cannot score."""
+    """The reward of one source; `key` is its recipe key. Raises AlignError if it cannot be used."""
     settings = {"weight": source.weight, "aggregate": source.aggregate, "k": source.k, "clip": source.clip}
     if source.verify:
         return Reward(_checked(source), cell=cell(source.verify.column), **settings)
@@ -58,44 +58,47 @@ def build(job: Job, source: RewardSource, key: str, place: Place, backbone: Scor
 
 
 def _checked(source: RewardSource) -> Scorer:
-    """(cells, texts) -> (b, 1) rewards of 1 or 0."""
+    """A scorer (cells, texts) -> (b, 1) rewards of 1 or 0."""
     check = checks.verifier(source.verify.kind, source.verify.extract)
     return lambda wanted, texts: torch.tensor(check(wanted, texts)).unsqueeze(1)
 
 
 def function_scorer(entry: str) -> Scorer:
-    """(prompts, texts) -> (b, 1) scores of a Python function. Raises UpstreamError if it gives anything else."""
+    """A scorer (prompts, texts) -> (b, 1) that calls a Python function.
+
+    It raises UpstreamError if the function raises or does not return one finite number per response.
+    """
     call = function.load(entry)
 
     def score(prompts: list[Messages], texts: list[str]) -> Tensor:
         try:
             given = torch.as_tensor(call(prompts, texts), dtype=torch.float32).cpu()
-        except Exception as error:  # the function is the user's own, and so is whatever it raises
+        except Exception as error:  # a user's function may raise anything
             raise UpstreamError(f"{entry}: raised {type(error).__name__}: {error}") from error
         if given.shape != (len(texts),) or not given.isfinite().all():
             finding = f"shape {tuple(given.shape)}" if given.shape != (len(texts),) else "numbers that are not finite"
-            raise UpstreamError(f"{entry}: gave {finding} for {len(texts)} responses; return one finite number each")
+            raise UpstreamError(f"{entry}: returned {finding} for {len(texts)} responses; return one finite number each")
         return given.unsqueeze(1)
 
     return score
 
 
 def run_scorer(job: Job, named: Model, place: Place) -> Scorer:
-    """(prompts, texts) -> (b, h) scores of the named reward model, through its own tokenizer and template."""
+    """A scorer (prompts, texts) -> (b, h) that runs a reward model with its own tokenizer and template."""
     tokenizer = load.tokenizer(named)
     model = place(reward_head.load_run(named.path, tokenizer, precision.scorer(torch.cuda.is_available())))
     return text_scorer(job, tokenizer, lambda inputs: model(**inputs))
 
 
 def text_scorer(job: Job, tokenizer: PreTrainedTokenizerBase, at_ends: AtEnds) -> Scorer:
-    """(prompts, texts) -> (b, h) scores of texts, tokenized and scored in micro-batches by `at_ends`."""
+    """A scorer (prompts, texts) -> (b, h) that tokenizes texts and scores them with `at_ends` in micro-batches."""
     max_length = job.recipe.data.max_length
 
     @torch.no_grad()
     def score(prompts: list[Messages], texts: list[str]) -> Tensor:
         rows: list[dict[str, Any]] = []
         for prompt, text in zip(prompts, texts, strict=True):
-            # an empty response still ends its turn
+            # an empty response becomes a space, so that its turn is rendered
             group = Group(prompt, [[{"role": "assistant", "content": text or " "}]])
             try:
                 ids, (answer,) = chat.responses(tokenizer, group)
@@ -116,5 +119,5 @@ def text_scorer(job: Job, tokenizer: PreTrainedTokenizerBase, at_ends: AtEnds) -
 
 
 def _as_many_on_every_rank(parts: list[list[int]]) -> list[list[int]]:
-    """Micro-batches, the last one repeated where other ranks have more: each forward pass of ZeRO-3 is collective."""
+    """Repeat the last micro-batch until all ranks have the same number: forward passes of ZeRO-3 are collective."""
     return parts + [parts[-1]] * (distributed.largest(len(parts)) - len(parts))

@@ -1,7 +1,7 @@
-"""Rewards that can be checked: 1 for a response that is right, 0 for any other. Imports no torch.
+"""Verifiable rewards: 1 for a correct response, 0 for any other. Imports no torch.
 
-What is right stands in a column of the data. JSON schemas are checked by `jsonschema`: draft 2020-12 unless the schema
-names another one, formats included, and references within the schema only, so that nothing is fetched.
+The correct answer is in a data column. JSON schemas are checked by `jsonschema`: draft 2020-12 unless the schema names
+another, with formats. References outside the schema are not resolved, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ def numbers(text: str) -> list[float]:
 
 
 def exact(text: str, wanted: Any) -> bool:
-    """Whether a response is the wanted text, white space apart."""
+    """Whether a response equals the wanted text, ignoring whitespace."""
     return " ".join(text.split()) == " ".join(str(wanted).split())
 
 
 def numeric(text: str, wanted: Any, tolerance: float = 1e-6) -> bool:
-    """Whether the last number of a response is the last one of the wanted cell, as GSM8K's answers are compared."""
+    """Whether the last numbers of a response and of the wanted cell are equal, as in GSM8K."""
     given, right = numbers(text), numbers(str(wanted))
     return bool(given and right) and math.isclose(given[-1], right[-1], rel_tol=tolerance, abs_tol=tolerance)
 
 
 def matches(text: str, pattern: Any) -> bool:
-    """Whether the pattern is found in a response."""
+    """Whether the pattern matches anywhere in a response."""
     return re.search(str(pattern), text, re.DOTALL) is not None
 
 
 def json_schema(text: str, schema: Any) -> bool:
-    """Whether a response is JSON, bare or in a fenced block, that the schema allows."""
+    """Whether a response is JSON, bare or in a fenced block, that is valid under the schema."""
     fenced = FENCED.search(text)
     try:
         value = json.loads(fenced[1] if fenced else text, parse_constant=_no_number, parse_float=_finite)
         return _validator(_as_text(schema)).is_valid(value)
-    except (ValueError, RecursionError):  # not JSON, or nested too deep to be read
+    except (ValueError, RecursionError):  # not JSON, or nested too deeply
         return False
 
 
@@ -67,8 +67,11 @@ KINDS: dict[str, Callable[[str, Any], bool]] = {
 
 
 def verifier(kind: str, extract: str | None = None) -> Callable[[list[Any], list[str]], list[float]]:
-    """(wanted cells, responses) -> a reward of 1 or 0 each. `extract` is a pattern whose last match in a response, its
-    first group if it has one, is what is compared; a response without a match is wrong."""
+    """A function (wanted cells, responses) -> a reward of 1 or 0 each.
+
+    With `extract`, the last match of this pattern in a response (its first group, if it has one) is compared; a
+    response without a match is wrong.
+    """
 
     def answer(text: str) -> str | None:
         if extract is None:
@@ -84,9 +87,9 @@ def verifier(kind: str, extract: str | None = None) -> Callable[[list[Any], list
 
 
 def problem(kind: str, wanted: Any) -> str:
-    """Why nothing can be compared with a cell, or the empty string."""
+    """Why responses cannot be compared with a cell, or the empty string."""
     if kind == "numeric" and not numbers(str(wanted)):
-        return "holds no number"
+        return "contains no number"
     if kind == "regex":
         try:
             re.compile(str(wanted))
@@ -120,7 +123,7 @@ def _schema_problem(schema: Any) -> str:
 
 
 def _formats(resource: Resource, resolver: Any) -> Iterator[str]:
-    """The formats of a schema and of those in it. Raises Unresolvable for a reference that leads nowhere."""
+    """The formats of a schema and its subschemas. Raises Unresolvable for a reference without a target."""
     contents = resource.contents
     if isinstance(contents, dict):
         for key in ("$ref", "$dynamicRef"):
@@ -137,7 +140,7 @@ def _formats(resource: Resource, resolver: Any) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _validator(text: str) -> Validator:
-    """A validator of a schema's text; it retrieves nothing."""
+    """The validator of a schema given as text. It downloads nothing."""
     schema = json.loads(text)
     validator = _class(schema)
     return validator(schema, registry=REGISTRY, format_checker=validator.FORMAT_CHECKER)

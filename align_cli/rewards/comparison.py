@@ -1,7 +1,7 @@
 """AI feedback (Constitutional AI, arXiv 2212.08073, §4): which of two answers is better, as a probability.
 
-A judge is asked with the answers as (A) and (B), then with the two swapped, and the two probabilities are averaged
-(RLAIF, arXiv 2309.00267, §2.1), which cancels a preference for a letter or a position.
+The judge compares the answers as (A) and (B), then swapped, and the two probabilities are averaged (RLAIF, arXiv
+2309.00267, §2.1), which cancels a preference for a letter or a position.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def probability(logp_a: float, logp_b: float) -> float:
 
 
 def clamped(p: float, bounds: Sequence[float] | None) -> float:
-    """The probability within the bounds (§4.1: 0.4 to 0.6 after a chain of thought)."""
+    """The probability clamped to the bounds (§4.1: 0.4 to 0.6 after a chain of thought)."""
     return min(max(p, bounds[0]), bounds[1]) if bounds else p
 
 
@@ -38,8 +38,8 @@ def label(p_first_as_a: float, p_second_as_a: float, bounds: Sequence[float] | N
 
 
 def bias(p_first_as_a: float, p_second_as_a: float) -> float:
-    """By how much (A) is favoured whatever stands there: 0 for a judge who looks at the answers only, ±0.5 for one
-    who looks at the letter only."""
+    """Preference for (A) regardless of the answer: 0 for a judge that considers only the answers, ±0.5 for one that
+    considers only the letter."""
     return (p_first_as_a + p_second_as_a) / 2 - 0.5
 
 

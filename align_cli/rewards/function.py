@@ -1,7 +1,7 @@
-"""Python functions that a recipe names as rewards: found without running them, loaded only where that was allowed.
+"""Python functions as rewards: located without running them, and loaded only with --allow-code.
 
-A recipe is data. `reward: {python: package.module:function}` is the one place where it can name code, and the person at
-the command line says so with --allow-code. Imports no torch.
+A recipe is data. `reward: {python: package.module:function}` is the only key that can name code, and it requires
+--allow-code on the command line. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 from align_cli.errors import UpstreamError
 
 ALLOWED = "ALIGN_ALLOW_CODE"
-"""Set for the command that was given --allow-code, and for the ranks that it starts."""
+"""Environment variable that passes --allow-code on to the ranks."""
 ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def allow() -> None:
-    """Let recipes name Python functions, here and in processes started from here."""
+    """Allow Python functions in recipes, in this process and its child processes."""
     os.environ[ALLOWED] = "1"
 
 
@@ -34,7 +34,7 @@ def allowed() -> bool:
 
 
 def problems(key: str, entry: str) -> list[str]:
-    """Why `module:function` cannot be a reward. The module's parents are imported, where that is allowed; it is not."""
+    """Why `module:function` cannot be a reward. With --allow-code this imports parent packages, but not the module."""
     if not ENTRY.fullmatch(entry):
         return [f"{key}: '{entry}' does not name a function; write module:function, such as rewards:brevity"]
     if not allowed():
@@ -46,12 +46,12 @@ def problems(key: str, entry: str) -> list[str]:
     if not re.search(
         rf"^(async\s+)?(def|class)\s+{name}\b|^{name}\s*[:=]|import\b.*\b{name}\b", file.read_text(), re.M
     ):
-        return [f"{key}: {file} defines no {name}; correct the name after the colon"]
+        return [f"{key}: {file} does not define {name}; correct the name after the colon"]
     return []
 
 
 def source(entry: str) -> Path | None:
-    """The file that holds an entry's module, if there is one."""
+    """The file of an entry's module, or None if it is not found."""
     _working_directory_first()
     try:
         spec = importlib.util.find_spec(entry.split(":")[0])
@@ -61,7 +61,7 @@ def source(entry: str) -> Path | None:
 
 
 def fingerprint(entry: str) -> dict[str, Any]:
-    """What the manifest keeps of an entry: its file, and the hash of what that holds."""
+    """The manifest's record of an entry: its file and the file's hash."""
     file = source(entry)
     return {
         "entry": entry,
@@ -71,19 +71,19 @@ def fingerprint(entry: str) -> dict[str, Any]:
 
 
 def load(entry: str) -> Callable[..., Any]:
-    """The function. Raises UpstreamError where code is not allowed, or its module fails."""
+    """The function. Raises UpstreamError without --allow-code, or if it cannot be imported."""
     if not allowed():
         raise UpstreamError(f"{entry}: is Python code; add --allow-code if you trust it")
     _working_directory_first()
     module, name = entry.split(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever a stranger's module raises is the user's to correct
+    except Exception as error:  # a user's module may raise anything
         raise UpstreamError(f"{entry}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _working_directory_first() -> None:
-    # a console script's own folder stands where `python` would put the working directory
+    # sys.path of a console script starts with the script's folder, not with the working directory
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)

@@ -1,8 +1,8 @@
-"""A judge as a reward: the answers to a prompt are compared with each other, each two in both orders, under a principle
-of a constitution (arXiv 2212.08073, §4; averaged over both orders as in RLAIF, arXiv 2309.00267).
+"""A judge as a reward: compares all pairs of a prompt's answers, each in both orders, under a principle of a
+constitution (arXiv 2212.08073, §4; averaged over both orders as in RLAIF, arXiv 2309.00267).
 
-An answer's score is the mean probability that it is better than another one to the same prompt: comparable among the
-answers to one prompt, not across prompts.
+An answer's score is the mean probability that it is better than another answer to the same prompt. Scores are
+comparable between answers to one prompt, but not across prompts.
 
 Shapes: b answers.
 """
@@ -29,7 +29,7 @@ from align_cli.training.journal import RowJournal
 
 
 class Judge:
-    """(prompts, texts) -> (b, 1) scores; the answers to one prompt stand beside each other."""
+    """A scorer (prompts, texts) -> (b, 1); answers to the same prompt must be adjacent."""
 
     def __init__(self, job: Job, source: RewardSource, key: str):
         self.job, judge = job, source.judge
@@ -68,11 +68,11 @@ class Judge:
         return torch.tensor(_means(prompts, texts, better)).unsqueeze(1)
 
     def principle(self, prompt: list[dict[str, str]]) -> Principle:
-        """The one that the answers to this prompt are compared under."""
+        """The principle, drawn by a hash of seed and prompt, for comparing answers to this prompt."""
         return random.Random(f"{self.job.recipe.seed} comparison {prompt}").choice(self.constitution.principles)
 
     def _choose(self, questions: list[str]) -> list[float | None]:
-        """P(A) for each question; None where the judge names no letter."""
+        """P(A) for each question; None if the judge names no letter."""
         size = self.job.recipe.generation.batch if isinstance(self.generator, LocalGenerator) else 1
         order = sorted(range(len(questions)), key=lambda at: len(questions[at]))
         units = [order[start : start + size] for start in range(0, len(order), size)]
@@ -91,7 +91,7 @@ class Judge:
 
 
 def check_judges(recipe: Recipe) -> None:
-    """As `check_endpoints`, for the judges of a recipe."""
+    """`check_endpoints` for the judges of a recipe."""
     check_endpoints([(f"{key}.judge", source.judge) for key, source in recipe.judges()])
 
 
@@ -101,7 +101,7 @@ def constitutions(recipe: Recipe) -> list[Constitution]:
 
 
 def usage(job: Job) -> dict[str, Any]:
-    """For a round's manifest, what its judges used (tokens, requests, retries, questions without an answer) and the
+    """The judges' entry in a round's manifest: usage (tokens, requests, retries, undecided questions), cost and
     constitutions. Empty without a judge."""
     judges = job.recipe.judges()
     if not judges:
@@ -115,7 +115,7 @@ def usage(job: Job) -> dict[str, Any]:
 
 
 def _means(prompts: list[Messages], texts: list[str], better: dict[tuple[int, int], float]) -> list[float]:
-    """For each answer the mean of P(it is better) over the others of its prompt. Equal answers draw, and an empty one
+    """The mean of P(answer is better) over the other answers to its prompt. Equal answers draw, and an empty answer
     loses to any other."""
     means = []
     for _, rows in groupby(range(len(texts)), key=prompts.__getitem__):

@@ -1,4 +1,4 @@
-"""Prompts to answer, with the cells of the data that rewards compare the answers with."""
+"""Prompts for sampling, with the data cells that rewards compare the answers with."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from align_cli.rewards import checks
 from align_cli.training.job import Job, fold_in
 
 PROBLEMS = 20
-"""Problems of cells that are printed."""
+"""Maximum number of printed problems."""
 
 
 def dataset(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list[Count]]:
-    """Rows of `prompt` messages that leave room for a response, with the cells that rewards compare with, and the row
-    counts, which are printed too. Raises DataError for a cell that nothing can be compared with."""
+    """(rows with `prompt` messages and the cells that rewards compare with, row counts). Only prompts that leave room
+    for a response are kept; the counts are also printed. Raises DataError for an invalid cell."""
     prompts, counts = groups(job, tokenizer, job.recipe.data)
     rows = [{"prompt": packed(group.prompt, group.tools)} | cells(job, group) for group in prompts]
     return Dataset.from_list(rows), counts
 
 
 def groups(job: Job, tokenizer: PreTrainedTokenizerBase, data: Data) -> tuple[list[Group], list[Count]]:
-    """The prompts of a data section that leave room for a response, and the row counts, which are printed too.
+    """The prompts of a data section that leave room for a response, and the row counts, which are also printed.
 
-    Raises DataError for a cell that nothing can be compared with.
+    Raises DataError for a cell that rewards cannot compare with.
     """
     checked = [source.verify for _, source in job.recipe.reward_sources() if source.verify]
     read, tally = read_groups(data, "prompts", job.recipe.seed, job.recipe.compared_columns()), chat.Tally()
@@ -48,7 +48,7 @@ def groups(job: Job, tokenizer: PreTrainedTokenizerBase, data: Data) -> tuple[li
 
 
 def cells(job: Job, group: Group) -> dict[str, str]:
-    """What rewards compare a prompt's responses with, as text, since a column of a dataset has one type."""
+    """The cells that rewards compare a prompt's responses with, as JSON text, since a dataset column has one type."""
     return {cell(name): json.dumps(group.cells[name]) for name in job.recipe.compared_columns()}
 
 
@@ -70,5 +70,5 @@ def leaving_room(job: Job, tokenizer: PreTrainedTokenizerBase, groups: list[Grou
 
 
 def cell(column: str) -> str:
-    """What a column of the data is called in a trainer's rows, whose own names it must not take."""
+    """The name of a data column in a trainer's rows, prefixed to avoid a clash with the trainer's own columns."""
     return f"cell_{column}"

@@ -1,4 +1,4 @@
-"""A reward: scores from one source, normalised, aggregated and weighted.
+"""A reward: the scores of one source, normalised, aggregated and weighted.
 
 Shapes: b responses, n scores of an ensemble.
 """
@@ -20,19 +20,19 @@ Scorer = Callable[[list[Any], list[str]], Tensor]
 
 @dataclass
 class Reward:
-    """One source of reward, with its weight and how an ensemble's scores become one."""
+    """One source of reward, its weight, and how to combine an ensemble's scores."""
 
     score: Scorer
     weight: float = 1.0
     aggregate: str = "mean"
-    """mean, worst, or mean - k·std as `minus-std`."""
+    """mean, worst, or minus-std (mean - k·std)."""
     k: float = 1.0
     mean: Tensor | float = 0.0
     std: Tensor | float = 1.0
-    """(n,) what each score is normalised with: (score - mean) / std."""
+    """(n,) mean and std of the normalisation (score - mean) / std."""
     clip: float | None = None
     cell: str | None = None
-    """Column of the rows that the score is of, in place of the prompt: what a response is compared with."""
+    """Row column that the scorer gets instead of the prompts, with the cells to compare responses with."""
 
     def __call__(
         self, prompts: list[Any], texts: list[str], rows: list[dict[str, Any]] | None = None

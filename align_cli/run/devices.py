@@ -27,7 +27,7 @@ def hosts(hostfile: str) -> dict[str, int]:
     """
     file, slots, lines = Path(hostfile), {}, []
     if not file.is_file():
-        raise LaunchError(f"launch.hostfile: {hostfile}: no such file; write one, with lines like `host slots=8`")
+        raise LaunchError(f"launch.hostfile: {hostfile}: no such file; its lines read `host slots=8`")
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         text = text.split("#")[0].strip()
         if not text:
@@ -42,7 +42,7 @@ def hosts(hostfile: str) -> dict[str, int]:
         else:
             slots[match[1]] = int(match[2])
     if not slots and not lines:
-        lines.append(f"{hostfile}: names no host; write lines like `host slots=8`")
+        lines.append(f"{hostfile}: names no host; add lines such as `host slots=8`")
     if lines:
         raise LaunchError(*lines)
     return slots

@@ -62,7 +62,7 @@ class RunDirectory:
                 shutil.rmtree(folder)
 
     def set_aside(self) -> Path:
-        """Rename the run to `<path>.old-N`, so that it can be run again without deleting anything. Returns the new path."""
+        """Rename the run to `<path>.old-N`, so that it can be run again. Deletes nothing. Returns the new path."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1

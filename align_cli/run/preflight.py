@@ -59,7 +59,7 @@ class Plan:
     """Data files that upstream runs have not written yet."""
 
     def tokenizer_path(self) -> str:
-        """Where to load the tokenizer: the model path, or the initial model of an upstream run that does not exist yet."""
+        """Where to load the tokenizer from: model.path, or if that run does not exist yet, its own initial model."""
         path, depth = self.recipe.model.path, 0
         while kind.look(path).kind in ("missing", "unfinished") and (stage := stage_of_run(path)) and depth < 4:
             path, depth = check.load(stage, [f"recipe={recipe_of(stage, path)}"])[1].model.path, depth + 1
@@ -91,7 +91,7 @@ class Plan:
         return math.ceil(steps * trainer.get("num_train_epochs", 3.0))
 
     def roughly(self) -> bool:
-        """Whether `steps` depends on random choices: held-out prompts, or the rows of a source with fractional weight."""
+        """Whether `steps` depends on random choices: held-out prompts, or rows drawn for a fractional weight."""
         data = self.recipe.data
         drawn = isinstance(data.eval, float) or any(source.weight % 1 for source in data.train)
         return drawn and self.recipe.trainer.get("max_steps", -1) <= 0

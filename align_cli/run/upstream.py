@@ -51,7 +51,7 @@ def _base_problems(key: str, path: str, base: str | None) -> list[str]:
 
 
 def reward_problems(key: str, path: str, starting: bool, todo: list[str]) -> list[str]:
-    """Why a path cannot be used as a reward model. A policy is an error: its scalar head would be initialized at random."""
+    """Why a path cannot be used as a reward model. A policy cannot: its scalar head would be random."""
     contents, stage = kind.look(path), stage_of_run(path)
     if stage is not None and contents.kind == "missing":
         return _to_be_made(key, path, stage, starting, todo)
@@ -77,8 +77,8 @@ def backbone_problems(key: str, run: str, base: str) -> list[str]:
         ]
     if contents.base != base and kind.fingerprint(contents.base or "") != (kind.fingerprint(base) or "none"):
         return [
-            f"{key}: {run} is an adapter on {contents.base}, not on {base}; name the base it was trained on, or remove "
-            "lora"
+            f"{key}: {run} is an adapter on {contents.base}, not on {base}; name the base it was trained on, or "
+            "remove lora"
         ]
     return []
 
