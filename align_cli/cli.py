@@ -20,7 +20,7 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="recipe=NAME.yaml 
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]
 AllowCode = Annotated[
     bool,
-    typer.Option("--allow-code", help="Allow the recipe to name Python functions as rewards. They run with your permissions."),
+    typer.Option("--allow-code", help="Allow Python functions as rewards, which run with your permissions."),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, such as runs/demo/dpo.")]
 

@@ -44,7 +44,7 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Wait for all ranks and destroy the process group: after a rank exits with an error, the launcher kills the others."""
+    """Wait for all ranks, since the launcher kills the others once one exits with an error, then destroy the group."""
     if world_size() > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

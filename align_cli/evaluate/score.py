@@ -39,7 +39,7 @@ def run(path: str, settings: list[str], say: Callable[[str], None]) -> None:
         raise UpstreamError(f"{path}: {finding}; name a finished reward model such as runs/demo/rm")
     out = Path(given.get("out") or f"{Path(given['data']).stem}.scores.jsonl")
     if out.is_dir() or not out.parent.is_dir():
-        raise AlignError(f"out: {out}: is a directory, or its folder does not exist; name a file in an existing directory")
+        raise AlignError(f"out: {out}: is a directory or not in one; name a file in an existing directory")
     groups, counts = _groups(given)
     for line in counts:
         say(line)

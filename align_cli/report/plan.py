@@ -26,7 +26,7 @@ def show(plan: Plan, console: Console) -> None:
     rows: list[tuple[str, str]] = []
     console.print(f"align {recipe.stage} recipe={plan.composed.file}", style="bold", highlight=False, markup=False)
     size = f"{plan.size.parameters / 1e9:.3g} B parameters" if plan.size else "size unknown until it is loaded"
-    pending = "  (still to be made)" if kind.look(recipe.model.path).kind == "missing" else ""
+    pending = "  (not created yet)" if kind.look(recipe.model.path).kind == "missing" else ""
     rows.append(("model", f"{recipe.model.path}{pending} · {size} · {precision.trained(recipe)}"))
     if recipe.lora:
         rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
@@ -38,7 +38,7 @@ def show(plan: Plan, console: Console) -> None:
         value = getattr(recipe.data, key)
         if isinstance(value, list):
             for source in value:
-                pending = "  (still to be made)" if source.path in plan.pending else ""
+                pending = "  (not created yet)" if source.path in plan.pending else ""
                 weight = f" × {source.weight:g}" if source.weight != 1 else ""
                 rows.append((f"data.{key}", f"{source.path}{weight}{pending}"))
         elif value is not None:
@@ -51,7 +51,7 @@ def show(plan: Plan, console: Console) -> None:
     rows.append(
         (
             "batch",
-            f"{batch.total} rows a step = {batch.per_device} per device × {batch.accumulation} accumulated × "
+            f"{batch.total} rows per step = {batch.per_device} per device × {batch.accumulation} accumulated × "
             f"{plan.ranks} ranks",
         )
     )
@@ -59,7 +59,7 @@ def show(plan: Plan, console: Console) -> None:
     loop = rounds.plan(recipe, plan.counts, batch.total)
     rows += loop
     if not loop:
-        rows.append(("steps", f"{about}{steps}" if (steps := plan.steps()) else "known when the rows are read"))
+        rows.append(("steps", f"{about}{steps}" if (steps := plan.steps()) else "unknown until the rows are read"))
     device = "GPU" if devices.gpus() else "CPU"
     hosts = f" over {recipe.launch.hostfile}" if recipe.launch.hostfile else ""
     rows.append(("ranks", f"{plan.ranks} × {device}{hosts}, ZeRO stage {recipe.zero.stage}"))
@@ -105,7 +105,7 @@ def _reward(source: RewardSource) -> str:
 
 def _total(memory: list[Part]) -> str:
     parts = [f"{part.name} {'≈ ' if part.estimated else ''}{part.bytes / GIB:.2f}" for part in memory]
-    return f"{sum(part.bytes for part in memory) / GIB:.1f} GiB a rank ({', '.join(parts)})"
+    return f"{sum(part.bytes for part in memory) / GIB:.1f} GiB per rank ({', '.join(parts)})"
 
 
 def _settings(section: object, unused: frozenset[str] = frozenset()) -> str:

@@ -77,7 +77,7 @@ def function_scorer(entry: str) -> Scorer:
             raise UpstreamError(f"{entry}: raised {type(error).__name__}: {error}") from error
         if given.shape != (len(texts),) or not given.isfinite().all():
             finding = f"shape {tuple(given.shape)}" if given.shape != (len(texts),) else "numbers that are not finite"
-            raise UpstreamError(f"{entry}: returned {finding} for {len(texts)} responses; return one finite number each")
+            raise UpstreamError(f"{entry}: gave {finding} for {len(texts)} responses; return one finite number each")
         return given.unsqueeze(1)
 
     return score

@@ -94,8 +94,7 @@ class RunDirectory:
                 other = lock.read().strip() or "unknown"
                 lock.close()
                 raise LaunchError(
-                    f"{self.path}: another align (process {other}) is using it; wait for it, stop it, or set "
-                    "run_dir=…"
+                    f"{self.path}: another align (process {other}) is using it; wait for it, stop it, or set run_dir=…"
                 ) from None
             if _is_at(lock, self.path / ".lock"):
                 break

@@ -76,10 +76,7 @@ def backbone_problems(key: str, run: str, base: str) -> list[str]:
             "or remove lora here"
         ]
     if contents.base != base and kind.fingerprint(contents.base or "") != (kind.fingerprint(base) or "none"):
-        return [
-            f"{key}: {run} is an adapter on {contents.base}, not on {base}; name the base it was trained on, or "
-            "remove lora"
-        ]
+        return [f"{key}: {run} is an adapter on {contents.base}, not on {base}; name its own base, or remove lora"]
     return []
 
 
