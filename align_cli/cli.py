@@ -217,14 +217,14 @@ def merge(
 
     contents = kind.look(run)
     if contents.kind != "adapter":
-        whole = {"causal-lm": "holds a full model", "reward-model": "holds a full reward model"}
+        whole = {"causal-lm": "holds a whole model", "reward-model": "holds a whole reward model"}
         finding = whole.get(contents.kind) or contents.finding or "no such directory"
         unfinished = contents.kind == "unfinished"
         remedy = "finish it first" if unfinished else contents.remedy or "only a run trained with lora: needs merging"
         raise AlignError(f"{run}: {finding}; {remedy}")
     destination = Path(to or f"{run.rstrip('/')}-merged")
     if destination.exists():
-        raise AlignError(f"{destination}: already exists; remove it, or set --to to another directory")
+        raise AlignError(f"{destination}: exists already; remove it, or set --to to another directory")
     environment.quiet()
     from align_cli.model import lora
 

@@ -140,7 +140,7 @@ def test_check_plans_over_a_run_that_is_still_to_be_made(home):
     done = align("check", "dpo", "recipe=t", "model.path=${stage:sft}", "data.batch_size=4", cwd=home)
     assert done.returncode == 0, done.stderr
     assert "needs" in done.stdout and "`align sft recipe=t.yaml`" in done.stdout
-    assert "8 rows read, 8 used" in done.stdout and "4 rows a step" in done.stdout
+    assert "8 rows read, 8 used" in done.stdout and "4 rows per step" in done.stdout
     assert not (home / "runs").exists()
 
 
@@ -179,9 +179,9 @@ def test_commands_and_options_that_are_none(home):
 
 
 def test_what_cannot_be_merged(home):
-    assert refused(home, "merge", "x") == ["x: no such directory; only a run made with lora: needs merging"]
+    assert refused(home, "merge", "x") == ["x: no such directory; only a run trained with lora: needs merging"]
     (line,) = refused(home, "merge", "models/x")
-    assert line == "models/x: holds a whole model; only a run made with lora: needs merging"
+    assert line == "models/x: holds a whole model; only a run trained with lora: needs merging"
     half = home / "runs" / "t" / "sft"
     half.mkdir(parents=True)
     (half / "recipe.yaml").write_text("name: t\n")

@@ -82,7 +82,7 @@ def _settings(settings: list[str]) -> dict[str, str]:
             near = did_you_mean(key, list(KEYS)) or f"; known: {', '.join(f'{name}=' for name in KEYS)}"
             lines.append(f"command line: unknown setting '{word}'{near}")
         elif key in ("max_length", "batch_tokens") and not (value.isdigit() and int(value)):
-            lines.append(f"command line: {key} is '{value}'; set a number of tokens")
+            lines.append(f"command line: {key} is '{value}'; give a number of tokens")
         else:
             given[key] = value
     if "data" not in given and not lines:

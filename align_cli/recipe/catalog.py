@@ -29,7 +29,7 @@ def copy(name: str, destination: str) -> str:
     if target.is_dir():
         target = target / source.name
     if target.exists():
-        raise AlignError(f"{target}: already exists; remove it or name another file")
+        raise AlignError(f"{target}: exists already; remove it or name another file")
     if not target.parent.is_dir():
         raise AlignError(f"{target}: the directory {target.parent} does not exist; make it first")
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")

@@ -174,7 +174,7 @@ def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for index, inner in enumerate(value):
             yield from _not_finite(inner, f"{path}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        yield path, f"is {value}; set a finite number"
+        yield path, f"is {value}; give a finite number"
 
 
 def _explain(stage: str, tree: dict[str, Any], detail: dict[str, Any]) -> tuple[str, str]:

@@ -193,7 +193,7 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
 
     tree = resolve(config, "")
     for path in _code_keys(tree):
-        lines.append(f"{file}: {path}: keys that run code are not allowed in recipes; remove it")
+        lines.append(f"{file}: {path}: recipes are data, never code; remove it")
     if lines:
         raise RecipeError(*lines)
     if tree.get("run_dir") is None:

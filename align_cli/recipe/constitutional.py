@@ -136,7 +136,7 @@ class CaiRecipe(Recipe):
         if generation.temperature == 0 and "pairs" in method.phases and method.pairs == "sampled":
             yield (
                 "generation.temperature",
-                "is 0, but two greedy answers are identical; set it above 0, or method.pairs=revised",
+                "is 0, but two greedy answers are the same; set it above 0, or method.pairs=revised",
             )
         if generation.max_new_tokens >= data.max_length:
             yield (

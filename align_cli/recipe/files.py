@@ -46,7 +46,7 @@ def _wrong(node: Any, path: str, seen: set[int]) -> Iterator[tuple[int, str]]:
         return
     seen.add(id(node))
     if node.tag.removeprefix("tag:yaml.org,2002:") not in PLAIN:
-        yield node.start_mark.line + 1, f"{path or 'the file'} has the tag {node.tag}: not allowed here; remove it"
+        yield node.start_mark.line + 1, f"{path or 'the file'} has the tag {node.tag}: recipes are data; remove it"
     if isinstance(node, yaml.MappingNode):
         keys = set()
         for key, value in node.value:

@@ -431,6 +431,6 @@ class KtoRecipe(ReferenceRecipe):
         if self.method.loss == "kto" and per_device < 2:
             yield (
                 "data.batch_size",
-                f"gives each of {ranks} ranks one row per step, but kto estimates the KL between two or more; set "
+                f"gives each of {ranks} ranks one row at a time, but kto estimates the KL between two or more; set "
                 f"data.batch_size={2 * ranks} or a multiple",
             )

@@ -146,7 +146,7 @@ def guard_rules(guards: list[Guard], gold: RewardSource | None) -> Iterator[tupl
         yield from ((f"gold.{key}", text) for key, text in gold.rules())
         for name in ("verify", "judge"):
             if getattr(gold, name) is not None:
-                yield f"gold.{name}", "works only under reward; name a held-out reward model or a function"
+                yield f"gold.{name}", "works only as a reward; name a held-out reward model or a function"
 
 
 def reward_keys(count: int) -> list[str]:

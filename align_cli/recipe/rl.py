@@ -182,7 +182,7 @@ class OnlineRecipe(Recipe):
         if isinstance(self.data.eval, (list, float)):
             yield "data.eval", "does not work in online stages; watch metrics.jsonl, or set samples"
         if self.trainer.get("max_steps", -1) == 0:
-            yield "trainer.max_steps", "is 0; set the number of updates"
+            yield "trainer.max_steps", "is 0; give the number of updates"
         yield from reward_rules(self.reward)
         yield from guard_rules(self.guards, self.gold)
 

@@ -38,7 +38,7 @@ def arithmetic(recipe: Recipe, ranks: int) -> Batch:
         wanted //= rollout.minibatches
     for key, value in (("per_device_train_batch_size", per_device), ("gradient_accumulation_steps", accumulation)):
         if value is not None and value < 1:
-            raise RecipeError(f"trainer.{key}: is {value}; set 1 or more")
+            raise RecipeError(f"trainer.{key}: is {value}; give 1 or more")
     if wanted is None:
         accumulation = accumulation or 1
         return Batch(per_device, accumulation, per_device * accumulation * ranks)

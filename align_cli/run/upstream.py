@@ -76,7 +76,9 @@ def backbone_problems(key: str, run: str, base: str) -> list[str]:
             "or remove lora here"
         ]
     if contents.base != base and kind.fingerprint(contents.base or "") != (kind.fingerprint(base) or "none"):
-        return [f"{key}: {run} is an adapter on {contents.base}, not on {base}; name its own base, or remove lora"]
+        return [
+            f"{key}: {run} is an adapter on {contents.base}, not on {base}; set model.path to its base, or remove lora"
+        ]
     return []
 
 
@@ -91,7 +93,7 @@ def generator_problems(key: str, source: GeneratorSource, starting: bool, todo: 
 
 
 def existing(data: Data, lines: list[str], starting: bool, todo: list[str]) -> tuple[Data | None, list[str]]:
-    """(the data without files that upstream runs have not written yet, or None if no training data remains; those files).
+    """(the data without files that upstream runs have not written yet, those files); None if no training data remains.
 
     Adds the commands that write them to `todo`. Adds to `lines` why they cannot be written or, with `starting`, that
     they must be written first.

@@ -48,7 +48,7 @@ def test_twice_the_same_name_none_for_a_kind_and_no_file(here):
     assert constitution.problems("law.yaml", ["red-team"]) == ["law.yaml: the principle 'a' occurs twice; rename one"]
     (here / "law.yaml").write_text(f"principles: [{one}]\n")
     (line,) = constitution.problems("law.yaml", ["red-team", "harmless"])
-    assert "no principle is for harmless prompts" in line
+    assert "has no principle for harmless prompts" in line
     (line,) = constitution.problems("defalt", ["red-team"])
     assert "Did you mean 'default'?" in line
     (here / "law.yaml").write_text("principles: [\n")
@@ -59,15 +59,15 @@ def test_twice_the_same_name_none_for_a_kind_and_no_file(here):
     ("words", "said"),
     [
         (["method.phases=[revisions,answers]"], "is out of order"),
-        (["method.phases=[train]"], "train reads what revisions writes; add revisions, or set method.rows"),
+        (["method.phases=[train]"], "train reads the output of revisions; add revisions, or set method.rows"),
         (["method.judge=false"], "set method.pairs=revised"),
         (["method.clamp=[0.6,0.4]"], "give the lower bound first"),
         (["generation.temperature=0"], "two greedy answers are the same"),
         (["generation.max_new_tokens=512"], "leaves no room for a prompt"),
-        (["feedback={path: a, endpoint: 'http://x', model: m}"], "not both and not neither"),
+        (["feedback={path: a, endpoint: 'http://x', model: m}"], "exactly one of a local model and an endpoint"),
         (["feedback={endpoint: 'localhost:8000', model: m}"], "write it with its scheme"),
         (["feedback={endpoint: 'http://x/v1'}"], "name the model that the endpoint serves"),
-        (["feedback={endpoint: 'http://u:secret@x/v1', model: m}"], "holds a secret"),
+        (["feedback={endpoint: 'http://u:secret@x/v1', model: m}"], "contains a secret"),
         (["feedback={endpoint: 'http://x/v1', model: m, key_env: sk-live-1234}"], "never the key"),
         (["data.eval=b.jsonl"], "must be a fraction in cai"),
     ],

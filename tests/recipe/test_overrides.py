@@ -86,12 +86,13 @@ def test_a_pick_of_nothing(mine):
 def test_a_sweep_by_function_is_refused_with_one_value(mine, value):
     function = value.split("(")[0]
     assert refused(f"seed={value}") == (
-        f"command line: seed={value}: {function}(…) makes a sweep, and a run has one value; write it, or quote the text"
+        f"command line: seed={value}: {function}(…) is a sweep, but a run needs a single value; write one, or quote "
+        "the text"
     )
 
 
 def test_a_sweep_over_groups_is_refused_with_one_group(mine):
-    assert refused("zero=zero1,zero2").endswith("a comma makes a sweep, and a run has one; write zero=zero1")
+    assert refused("zero=zero1,zero2").endswith("a comma is a sweep, but a run needs a single value; write zero=zero1")
 
 
 def test_a_comma_is_a_sweep_and_refused_with_the_list_it_may_have_meant(mine):

@@ -49,7 +49,7 @@ def test_a_miss_names_the_nearest_of_this_stage_and_what_else_has_the_name(here)
     write("recipes/sft/kitten.yaml")
     assert "Did you mean 'kitten'?" in missed("sft", "kiten.yaml")
     line = missed("dpo", "kitten")
-    assert "known for dpo: " in line and "zephyr" in line and "of that name there is sft/kitten" in line
+    assert "known for dpo: " in line and "zephyr" in line and "other stages have sft/kitten" in line
 
 
 def test_the_listing_holds_both_shelves_and_the_nearer_wins(here):

@@ -37,7 +37,7 @@ def problems(stage, *arguments):
         ("force: 1", "mine.yaml:3: force: expected a boolean, found int 1"),
         ("force: 'no'", "mine.yaml:3: force: expected a boolean, found str 'no'"),
         ("name: 2024", "mine.yaml:3: name: expected a string, found int 2024"),
-        ("lora: None", "mine.yaml:3: lora: 'None' is text here; write null for nothing"),
+        ("lora: None", "mine.yaml:3: lora: 'None' is read as text; write null"),
         ("method: 5", "mine.yaml:3: method: expected a section with keys train_on, packing, found 5"),
         ("trainer: null", "mine.yaml:3: trainer: expected an object, found NoneType None"),
         ("launch: { num_gpus: 0 }", "mine.yaml:3: launch.num_gpus: expected greater than or equal to 1, found int 0"),
@@ -253,7 +253,7 @@ def test_an_inherited_recipe_with_a_key_written_twice(here):
         ("seed: !!python/object/apply:os.system [ls]", ":3: seed has the tag tag:yaml.org,2002:python/object/"),
         ("seed: !mine 3", ":3: seed has the tag !mine: recipes are data; remove it"),
         ("seed: !!int abc", ": cannot be composed (invalid literal for int()"),
-        ("? [a, b]\n: 3", ":3: a sequence is a key in the file; keys are words, rename it"),
+        ("? [a, b]\n: 3", ":3: a sequence is used as a key in the file; write a word"),
         ("zero: &x { config: { a: *x } }", ": cannot be composed (maximum recursion depth"),
         ("name: '${'", ": name: no viable alternative at input '${'; correct the value or quote it"),
         ("model: *nope", ":3: not valid YAML (found undefined alias 'nope'"),
@@ -278,7 +278,7 @@ def test_recipes_that_build_on_each_other(here):
     write("recipes/sft/a.yaml", "defaults: [b, _self_]\n" + BARE)
     write("recipes/sft/b.yaml", "defaults: [a, _self_]\n" + BARE)
     (line,) = problems("sft", "recipe=a")
-    assert line.startswith("recipes/sft/b.yaml:1: defaults names 'a', which is recipes/sft/a.yaml and builds on this")
+    assert line.startswith("recipes/sft/b.yaml:1: defaults names 'a', but recipes/sft/a.yaml inherits this file")
     write("recipes/sft/zephyr.yaml", "defaults: [zephyr, _self_]\n")
     (line,) = problems("sft", "recipe=zephyr")
     assert line.startswith("recipes/sft/zephyr.yaml:1: defaults names 'zephyr'")

@@ -175,7 +175,7 @@ def test_all_problems_come_at_once_each_with_its_place(here):
             "mine.yaml:6: method.beta: expected a number, found str '0.1'",
             "command line: method.bta: unknown key. Did you mean 'beta'?",
             "command line: trainer.lerning_rate: unknown key. Did you mean 'learning_rate'?",
-            "command line: lora: 'None' is text here; write null for nothing",
+            "command line: lora: 'None' is read as text; write null",
             "command line: seed: expected an integer, found bool True",
         ]
     )
@@ -190,7 +190,7 @@ def test_a_literal_names_what_is_known_and_what_is_near(here):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method.loss=[sigmoid,ipo]", "method.loss_weights=[1]"], "has 1 weights for 2 losses; give one each"),
+        (["method.loss=[sigmoid,ipo]", "method.loss_weights=[1]"], "has 1 weights for 2 losses; give one per loss"),
         (["method.loss=exo_pair"], "must be above 0 for exo_pair"),
         (["zero.offload_param=true"], "needs stage 3"),
         (["method.beta=inf"], "give a finite number"),
@@ -275,7 +275,7 @@ def test_the_fields_read_from_source_are_those_of_the_installed_class(stage):
         ({"warmup_ratio": 0.1}, "write warmup_steps=0.1"),
         ({"beta": 0.1}, "is set by method.beta"),
         ({"output_dir": "x"}, "is set by run_dir"),
-        ({"resume_from_checkpoint": "x"}, "is done by the run itself"),
+        ({"resume_from_checkpoint": "x"}, "is set by the run itself"),
         ({"max_length": 5}, "is set by data.max_length"),
         ({"per_device_train_batch_sise": 5}, "Did you mean 'per_device_train_batch_size'?"),
     ],

@@ -53,10 +53,10 @@ def test_a_line_a_subject(project):
     assert said[""] == "align dpo recipe=recipes/dpo/t.yaml"
     assert said["model"] == "models/x · 0.268 B parameters · bfloat16"
     assert said["lora"] == "r 4, alpha 16, targets all-linear"
-    assert said["reference"] == "the policy as it starts"
+    assert said["reference"] == "the initial policy"
     assert "dpo.jsonl (preference): 20 rows read, 20 used, 0 dropped" in said["data.eval"]
     assert said["method"].startswith("loss sigmoid, beta 0.1, label_smoothing 0, pairs best-worst")
-    assert said["batch"] == "8 rows a step = 4 per device × 1 accumulated × 2 ranks"
+    assert said["batch"] == "8 rows per step = 4 per device × 1 accumulated × 2 ranks"
     assert said["steps"] == "about 9"  # 18 of 20 rows are trained on: 3 steps, 3 epochs
     assert said["ranks"] == "2 × CPU, ZeRO stage 2"
     assert said["run"] == "runs/t/dpo (absent)"
@@ -65,17 +65,17 @@ def test_a_line_a_subject(project):
 
 def test_memory_in_gib(project):
     # 2^28 parameters in float32: 1 GiB of weights, 1 of gradients, 2 of Adam's moments, 1 of the reference
-    expected = "≈ 5.0 GiB a rank (weights 1.00, gradients 1.00, optimizer 2.00, reference 1.00)"
+    expected = "≈ 5.0 GiB per rank (weights 1.00, gradients 1.00, optimizer 2.00, reference 1.00)"
     assert printed()["memory"] == expected
 
 
 def test_what_must_run_before(project):
     said = printed("model.path=${stage:sft}", "model.chat_template=chatml")
     assert said["needs"] == "`align sft recipe=t.yaml`"
-    assert said["model"].startswith("runs/t/sft  (still to be made) · 0.268 B parameters")
+    assert said["model"].startswith("runs/t/sft  (not created yet) · 0.268 B parameters")
     said = printed("model.path=./runs/t/sft/", "model.chat_template=chatml")
     assert said["needs"] == "`align sft recipe=t.yaml`"
-    assert said["model"].startswith("./runs/t/sft/  (still to be made) · 0.268 B parameters")
+    assert said["model"].startswith("./runs/t/sft/  (not created yet) · 0.268 B parameters")
 
 
 def test_another_reference_and_weighted_sources(project):
@@ -85,7 +85,7 @@ def test_another_reference_and_weighted_sources(project):
 
 
 def test_steps_that_cannot_be_known(project):
-    assert printed("data.train=org/pairs")["steps"] == "known when the rows are read"
+    assert printed("data.train=org/pairs")["steps"] == "unknown until the rows are read"
 
 
 def test_a_model_that_is_there_is_not_still_to_be_made(project):

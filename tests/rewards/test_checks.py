@@ -109,7 +109,7 @@ def test_schemas(value, schema, right):
 @pytest.mark.parametrize(
     ("kind", "cell", "finding"),
     [
-        ("numeric", "unknown", "holds no number"),
+        ("numeric", "unknown", "contains no number"),
         ("regex", "(", "is not a valid pattern"),
         ("json-schema", "{", "is not a valid JSON schema"),
         ("json-schema", "[1]", "it is a list"),

@@ -28,13 +28,13 @@ def test_every_bad_line_is_named(here):
     assert refused(file) == [
         "hosts:1: 'one slots=four' is not `host slots=N`; correct this line",
         "hosts:2: 'two' is not `host slots=N`; correct this line",
-        "hosts:4: host three is named twice; add its slots up in one line",
+        "hosts:4: host three is named twice; write one line with all its slots",
     ]
 
 
 def test_a_hostfile_without_hosts_or_that_is_not_there(here):
     assert "names no host" in refused(hostfile(here, "# none\n"))[0]
-    assert refused("nope") == ["launch.hostfile: nope: no such file; a line of it reads `host slots=8`"]
+    assert refused("nope") == ["launch.hostfile: nope: no such file; its lines read `host slots=8`"]
     assert devices.problems(Launch(hostfile="nope")) == refused("nope")
 
 

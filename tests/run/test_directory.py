@@ -89,7 +89,7 @@ input()
 def test_the_lock_names_its_process_and_goes_with_it(run):
     holder = subprocess.Popen([sys.executable, "-c", LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(LaunchError, match=rf"another align \(process {holder.pid}\) is working in it"), locked(run):
+    with pytest.raises(LaunchError, match=rf"another align \(process {holder.pid}\) is using it"), locked(run):
         pass
     holder.kill()
     holder.communicate()

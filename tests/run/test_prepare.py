@@ -187,7 +187,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_written_over(proje
     plan = planned()
     finish(run)
     before = run.recipe.stat().st_mtime_ns
-    with pytest.raises(LaunchError, match="give the same command again"):
+    with pytest.raises(LaunchError, match="run the same command again"):
         begin(plan, print)
     assert run.state() == "finished" and run.recipe.stat().st_mtime_ns == before
     assert begun()[0] is None

@@ -277,7 +277,7 @@ trainer: { learning_rate: 1.0e-3, max_steps: 2, per_device_train_batch_size: 2 }
     said = project.ok("check", "dpo", "recipe=after", cwd=folder)
     assert f"{len(rows(calm[0], 'preferences'))} used, 0 dropped" in said
     planned = project.ok("check", "dpo", "recipe=after", "data.train=runs/t/cai/preferences.jsonl", cwd=folder)
-    assert "preferences.jsonl  (still to be made)" in planned and "`align cai recipe=t.yaml`" in planned
+    assert "preferences.jsonl  (not created yet)" in planned and "`align cai recipe=t.yaml`" in planned
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_code_runs_only_where_it_was_allowed(folder):
     [
         ("mine.brevity", "does not name a function; write module:function"),
         ("nowhere:brevity", "no module nowhere in the working directory or among installed packages"),
-        ("mine:brevty", "defines no brevty; correct the name after the colon"),
+        ("mine:brevty", "does not define brevty; correct the name after the colon"),
     ],
 )
 def test_what_is_no_function_is_refused(folder, entry, finding):
@@ -72,7 +72,7 @@ def test_what_is_no_function_is_refused(folder, entry, finding):
 
 def test_a_run_and_a_function_at_once_are_one_too_many(folder):
     done = project.align("check", "ppo", "recipe=t.yaml", "reward.path=runs/t/rm", "--allow-code", cwd=folder)
-    assert done.returncode == 2 and "reward.path: and python both say where the reward comes from" in done.stderr
+    assert done.returncode == 2 and "reward.path: is set together with python" in done.stderr
 
 
 @pytest.mark.parametrize(

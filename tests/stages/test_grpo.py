@@ -90,8 +90,8 @@ def test_a_reward_model_and_a_check_add_up(folder):
             ["reward.verify.column=answer"],
             ["prompts.jsonl: no column 'answer' to compare responses with (has prompt, wanted)"],
         ),
-        (["reward.verify.kind=numeric"], ["prompts.jsonl:1: 'wanted' holds no number; correct the row"]),
-        (["reward.path=runs/none/rm"], ["give one of them", "runs/none/rm does not exist"]),
+        (["reward.verify.kind=numeric"], ["prompts.jsonl:1: 'wanted' contains no number; correct the row"]),
+        (["reward.path=runs/none/rm"], ["set exactly one of path", "runs/none/rm does not exist"]),
         (["method.k=1", "trainer.loss_type=grpo"], ["method.k", "write method.loss"]),
         (
             ["reward.verify.extract=(", "method.beta=0", "reference.path=models/tiny"],

@@ -111,7 +111,7 @@ def test_a_killed_round_asks_no_question_twice(folder, served):
         (["reward.judge.key_env=OTHER"], "OTHER is not set"),
         (["reward.principles=[wramth]"], "Did you mean 'warmth'"),
         (["reward.constitution=lwa"], "no such constitution"),
-        (["reward.path=models/tiny"], "both say where the reward comes from"),
+        (["reward.path=models/tiny"], "set exactly one of path, verify, python, judge"),
         (["reward.judge={path: models/none, endpoint: null, model: null, key_env: null}"], "models/none"),
     ],
 )
@@ -138,7 +138,7 @@ def test_judges_are_for_rounds(folder, served):
     project.recipe(folder, "rloo", "served", text)
     done = project.align("rloo", "recipe=served.yaml", cwd=folder, env=environment)
     assert done.returncode == 2
-    assert "reward.judge: compares the answers of a round of DPO" in done.stderr
+    assert "reward.judge: works only in `align dpo` with method.rounds" in done.stderr
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

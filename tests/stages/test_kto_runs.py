@@ -79,7 +79,7 @@ def test_rows_are_shown_as_good_and_bad(folder):
 def test_what_cannot_run_is_refused_a_line_a_problem(folder):
     words = ["data.train=sft.jsonl", "trainer.per_device_train_batch_size=1", "trainer.beta=1"]
     done = project.align("kto", "recipe=t.yaml", "name=bad", *words, cwd=folder)
-    for finding in ("labels need prompt, completion and label", "must leave each device two rows", "write method.beta"):
+    for finding in ("labels need prompt, completion and label", "must give each device two rows", "write method.beta"):
         assert finding in done.stderr, done.stderr
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (folder / "runs/bad").exists()
     done = project.align("kto", "recipe=t.yaml", "name=bad", "data.batch_size=2", "launch.num_gpus=2", cwd=folder)

@@ -149,10 +149,10 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(folder, runs):
     [
         (
             ["reference.path=models/tiny", "data.streaming=true", "trainer.label_smoothing_factor=0.1"],
-            ["is used by no loss of this recipe", "does not work here", "write method.label_smoothing"],
+            ["is not used by any loss of this recipe", "does not work here", "write method.label_smoothing"],
         ),
-        (["method.weight=0", "lora.targets=[q_proj,lm_head]"], ["no loss is left", "names lm_head"]),
-        (["method.also=[{loss: simpo}]"], ["stand in the mixture twice"]),
+        (["method.weight=0", "lora.targets=[q_proj,lm_head]"], ["no loss remains", "includes lm_head"]),
+        (["method.also=[{loss: simpo}]"], ["repeats the loss simpo"]),
         (
             ["method.also=[{loss: dop}]", "method.gamma_ratio=-1", "data.train=sft.jsonl"],
             ["Did you mean 'dpo'?", "greater than or equal to 0", "preferences need"],
