@@ -109,6 +109,10 @@ class GeneratorSource:
             return [f"{key}.key_env: {self.key_env} is not set; put the endpoint's key into that environment variable"]
         return []
 
+    def described(self) -> str:
+        """What the plan says of it."""
+        return self.path or f"{self.model} at {self.endpoint}, {self.concurrency} requests at a time"
+
     def cost(self, used: dict[str, int]) -> float | None:
         """Cost of the counted tokens at the recipe's price; None without a price."""
         if self.price is None:

@@ -13,6 +13,7 @@ from align_cli.recipe.rewards import (
     Guard,
     Rewards,
     RewardSource,
+    gold_functions,
     gold_models,
     guard_rules,
     keyed,
@@ -193,6 +194,9 @@ class DpoRecipe(ReferenceRecipe):
 
     def reward_models(self) -> list[tuple[str, str]]:
         return Recipe.reward_models(self) + gold_models(self.gold)
+
+    def reward_functions(self) -> list[tuple[str, str]]:
+        return Recipe.reward_functions(self) + gold_functions(self.gold)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         rounds = self.method.rounds

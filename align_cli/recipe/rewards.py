@@ -78,6 +78,14 @@ class RewardSource:
         elif self.principles is not None:
             yield "principles", "applies only to a judge; remove it, or set judge"
 
+    def described(self) -> str:
+        """What the plan says of it."""
+        if self.verify is not None:
+            return f"{self.verify.kind}, compared with '{self.verify.column}'"
+        if self.judge is not None:
+            return f"{self.judge.described()}, a judge under {self.constitution}"
+        return self.path or f"{self.python} (Python)"
+
 
 SOURCES = ("path", "verify", "python", "judge")
 """Fields of a reward, of which exactly one must be set."""
@@ -157,6 +165,11 @@ def reward_keys(count: int) -> list[str]:
 def keyed(rewards: list[RewardSource] | None) -> list[tuple[str, RewardSource]]:
     """(key, source) of the rewards of a recipe."""
     return list(zip(reward_keys(len(rewards or [])), rewards or [], strict=True))
+
+
+def gold_functions(gold: RewardSource | None) -> list[tuple[str, str]]:
+    """(key, module:function) of the gold reward, if it is a Python function."""
+    return [("gold.python", gold.python)] if gold is not None and gold.python is not None else []
 
 
 def gold_models(gold: RewardSource | None) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from align_cli.recipe.rewards import (
     Guard,
     Rewards,
     RewardSource,
+    gold_functions,
     gold_models,
     guard_rules,
     keyed,
@@ -174,6 +175,9 @@ class OnlineRecipe(Recipe):
 
     def reward_models(self) -> list[tuple[str, str]]:
         return Recipe.reward_models(self) + gold_models(self.gold)
+
+    def reward_functions(self) -> list[tuple[str, str]]:
+        return Recipe.reward_functions(self) + gold_functions(self.gold)
 
     def rules(self) -> Iterator[tuple[str, str]]:
         yield from room_rules(self.generation, self.data)

@@ -11,9 +11,7 @@ from rich.text import Text
 from align_cli.model import kind, precision
 from align_cli.model.memory import GIB, Part
 from align_cli.preferences import plan as rounds
-from align_cli.recipe.generation import GeneratorSource
 from align_cli.recipe.preferences import SpinRecipe
-from align_cli.recipe.rewards import RewardSource
 from align_cli.recipe.sections import Recipe, Source
 from align_cli.recipe.stages import REFERENCE
 from align_cli.run import devices
@@ -32,7 +30,7 @@ def show(plan: Plan, console: Console) -> None:
         rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
     if (reference := _reference(recipe)) is not None:
         rows.append(("reference", reference))
-    rows += [("reward", _reward(source)) for _, source in recipe.reward_sources()]
+    rows += [("reward", source.described()) for _, source in recipe.reward_sources()]
     rows += [("gold", path) for key, path in recipe.reward_models() if key == "gold.path"]
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
@@ -43,7 +41,7 @@ def show(plan: Plan, console: Console) -> None:
                 rows.append((f"data.{key}", f"{source.path}{weight}{pending}"))
         elif value is not None:
             rows.append((f"data.{key}", f"{value:.0%} of the prompts"))
-    rows += [(key, source.path or _endpoint(source)) for key, source in recipe.generators()]
+    rows += [(key, source.described()) for key, source in recipe.generators()]
     for line in plan.notes:
         rows.append(("", line))
     rows.append(("method", _settings(recipe.method, recipe.unused_keys())))
@@ -88,19 +86,6 @@ def _reference(recipe: Recipe) -> str | None:
         return "none: no loss needs one"
     own = "the policy at the start of each round" if rounds.in_rounds(recipe) else "the initial policy"
     return recipe.reference_path() or own
-
-
-def _endpoint(source: GeneratorSource) -> str:
-    return f"{source.model} at {source.endpoint}, {source.concurrency} requests at a time"
-
-
-def _reward(source: RewardSource) -> str:
-    """The plan's entry for a reward source."""
-    if source.verify is not None:
-        return f"{source.verify.kind}, compared with '{source.verify.column}'"
-    if source.judge is not None:
-        return f"{source.judge.path or _endpoint(source.judge)}, a judge under {source.constitution}"
-    return source.path or f"{source.python} (Python)"
 
 
 def _total(memory: list[Part]) -> str:
