@@ -64,8 +64,8 @@ class DpoMethod:
     """Which pairs to build from a ranking of K > 2 responses: the best and the worst, the best and a random other one,
     all K(K-1)/2, or the K-1 adjacent ones. Responses with equal scores are not paired."""
     precompute_reference: bool = False
-    """Compute the reference's log-probabilities once and cache them on disk for later runs, too. Training then holds one
-    model fewer."""
+    """Compute the reference's log-probabilities once and cache them on disk, also for later runs. Training then holds
+    one model fewer."""
     rounds: Count | None = None
     """Number of rounds of iterative DPO (RLHF Workflow, arXiv 2405.07863), each with its own run directory. A round
     answers fresh prompts of data.train with the current policy, scores the answers with `reward`, and trains on the
