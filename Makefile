@@ -57,10 +57,10 @@ constitutional: setup model ## run Constitutional AI with RL: a preference model
 	$(BIN)/align ppo recipe=cai.yaml
 
 test: setup model ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --dist loadfile
 
 test-slow: setup model ## run the tests that take minutes
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n logical --dist loadfile
 
 check: setup ## check format and lint, as CI does
 	$(BIN)/ruff format --check .

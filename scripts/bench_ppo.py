@@ -133,8 +133,10 @@ def figures(args: argparse.Namespace, seconds: float, packages: tuple[str, ...])
     import torch
 
     cuda = torch.cuda.is_available()
+    # kibibytes on Linux, bytes on macOS
+    unit = 1024 if sys.platform == "linux" else 2**20
     peak = (
-        torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     )
     return {
         "episodes_per_second": args.batch * args.rollouts / seconds,

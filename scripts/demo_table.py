@@ -47,13 +47,16 @@ def main() -> None:
         f"RM on held-out pairs: accuracy {metrics['eval_accuracy']:.2f} ± {metrics['eval_accuracy_se']:.2f} "
         f"(the longer one wins: {metrics['eval_longer_wins']:.2f})"
     )
-    metrics = _manifest("dpo")["metrics"]
-    console.print(
-        f"DPO on held-out pairs: accuracy {metrics['eval_rewards/accuracies']:.2f}, "
-        f"margin {metrics['eval_rewards/margins']:.2f} (0 before it began)"
-    )
+    if "dpo" in finished:
+        metrics = _manifest("dpo")["metrics"]
+        console.print(
+            f"DPO on held-out pairs: accuracy {metrics['eval_rewards/accuracies']:.2f}, "
+            f"margin {metrics['eval_rewards/margins']:.2f} (0 before it began)"
+        )
     show_scores(console, [row["prompt"] for row in sft], stages)
-    for stage in finished[1:]:
+    for stage in finished:
+        if stage == "dpo":
+            continue
         rows = [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if "reward" in row]
         ended = _manifest(stage).get("stopped_by_guard")

@@ -14,7 +14,7 @@ from align_cli.recipe.stages import STAGES
 ROOT = Path(align_cli.__file__).parent
 LAYERS = (
     ("errors",),
-    ("recipe", "compat", "distributed", "signals"),
+    ("recipe", "compat", "distributed", "signals", "hub"),
     ("data", "model", "cpu"),
     ("generation", "training"),
     ("rewards",),
@@ -179,7 +179,7 @@ def test_the_command_line_starts_without_what_it_does_not_need():
 def pages():
     top = ROOT.parent
     yield from (file for file, _ in files())
-    for pattern in ("*.md", "docs/*.md", "scripts/*.py", "recipes/*/*.yaml", "Makefile"):
+    for pattern in ("*.md", "docs/*.md", "scripts/**/*.py", "scripts/demo/data/*.md", "recipes/*/*.yaml", "Makefile"):
         yield from (file for file in sorted(top.glob(pattern)) if file.parent.name != "constitution")
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from align_cli import hub
 from align_cli.errors import DataError
 from align_cli.recipe.sections import Source
 
@@ -26,7 +27,6 @@ PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"(\
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 OTHER_FILES = (*PACKED, *ARCHIVES, ".txt", ".arrow", ".xlsx", ".yaml", ".yml", ".md", ".html", ".pkl")
 """Suffixes of files we cannot read. A path with such a suffix is a local file, not a hub id."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 SPLITS = {
     "train": ("train", "training"),
@@ -56,7 +56,7 @@ class Found:
 def is_local(source: Source) -> bool:
     """Whether the path denotes a local file or directory; otherwise it is a hub id."""
     path = source.path
-    if os.path.exists(os.path.expanduser(path)) or path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
+    if os.path.exists(os.path.expanduser(path)) or path.startswith((".", "/", "~")) or not hub.is_id(path):
         return True
     # If the directory data/ exists, `data/pairs` without a suffix is a mistyped local path, not a hub id.
     return path.lower().endswith(READABLE + OTHER_FILES) or ("/" in path and os.path.isdir(path.split("/")[0]))

@@ -71,8 +71,9 @@ BAD = (
     "negative",
     "rejected",
     "undesirable",
+    "dislike",
+    "disliked",
 )
-BAD = (*BAD, "dislike", "disliked")
 
 
 @dataclass
@@ -206,13 +207,14 @@ def text_cell(row: Row, column: str) -> str:
 
 def with_system(row: Row, prompt: list[Message]) -> list[Message]:
     """The prompt with the system turn of a separate column in front, if there is one. Raises Broken."""
-    text = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), None)
-    if text is None:
+    column = next((name for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), None)
+    if column is None:
         return prompt
+    text = row[column]
     if prompt[:1] and prompt[0]["role"] == "system":
         if prompt[0]["content"].strip() == text.strip():
             return prompt
-        raise Broken("the conversation's system turn differs from the column 'system'; remove one of the two")
+        raise Broken(f"the conversation's system turn differs from the column '{column}'; remove one of the two")
     return [{"role": "system", "content": text}, *prompt]
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from align_cli import hub
+
 Kind = Literal["causal-lm", "reward-model", "adapter", "hub", "unfinished", "missing", "other"]
-HUB_ID = re.compile(r"^[\w\-]+(\.[\w\-]+)*(/[\w\-]+(\.[\w\-]+)*)?$")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def look(path: str) -> Contents:
     folder = Path(path)
     if not folder.exists():
         local = path.startswith((".", "runs/", "models/")) or ("/" in path and Path(path).parts[0] in _here())
-        if HUB_ID.match(path) and not local:
+        if hub.is_id(path) and not local:
             return Contents(path, "hub")
         return Contents(path, "missing", "no such directory")
     if not folder.is_dir():

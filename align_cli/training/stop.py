@@ -24,7 +24,7 @@ class StopRequest:
     """Records Ctrl-C and SIGTERM; a second signal ends the process at once."""
 
     def __init__(self, after: str = "this step"):
-        self.after, self.received = after, None
+        self.after = after
         self.received: int | None = None
 
     @contextlib.contextmanager
