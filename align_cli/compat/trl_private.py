@@ -41,7 +41,9 @@ class OnlineHooks:
         """A rollout: responses, sampled and scored, with all inputs of the loss."""
         return super()._generate_and_score_completions(inputs)
 
-    def reward(self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], ids: Any) -> Tensor:
+    def reward(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], ids: list[list[int]]
+    ) -> Tensor:
         """(samples over all ranks, 1) rewards."""
         return super()._calculate_rewards(inputs, prompts, completions, ids)
 

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from align_cli.compat import chat_date, libraries
 from align_cli.errors import UpstreamError
@@ -69,7 +75,13 @@ def new_tokens(loaded: PreTrainedTokenizerBase) -> list[str]:
     return _NEW.get(loaded, [])
 
 
-def pretrained(loader: Any, model: Model, path: str, dtype: str, **extra: Any) -> PreTrainedModel:
+def pretrained(
+    loader: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    model: Model,
+    path: str,
+    dtype: str,
+    **extra: Any,
+) -> PreTrainedModel:
     """`loader.from_pretrained(path)` with the recipe's settings. Raises UpstreamError if it fails."""
     attention = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     try:

@@ -129,7 +129,9 @@ class Rollouts(OnlineHooks):
 
     # -- scores
 
-    def reward(self, inputs: list[dict[str, Any]], prompts: list[Messages], completions: list[Any], ids: Any) -> Tensor:
+    def reward(
+        self, inputs: list[dict[str, Any]], prompts: list[Messages], completions: list[Messages], ids: list[list[int]]
+    ) -> Tensor:
         """(b over all ranks, 1) scores; also stores this rank's in `self.scores`."""
         started = time.perf_counter()
         texts = [completion[0]["content"] for completion in completions]

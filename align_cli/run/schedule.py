@@ -33,7 +33,7 @@ def problems(trainer: dict[str, Any], evaluated: bool) -> list[str]:
     return lines
 
 
-def steps_given(trainer: Any) -> float:
+def steps_given(trainer: dict[str, Any]) -> float:
     """trainer.max_steps if it is a number, else 0."""
-    steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
+    steps = trainer.get("max_steps")
     return steps if isinstance(steps, (int, float)) else 0

@@ -65,6 +65,6 @@ def test_groups_come_from_both_shelves_too(here):
     assert places.group_files("lora")["mine"] == Path("recipes/lora/mine.yaml")
 
 
-def test_in_a_checkout_the_shelf_is_there_once(monkeypatch):
+def test_in_a_checkout_recipes_are_listed_once(monkeypatch):
     monkeypatch.chdir(places.shipped().parent)
     assert [root.resolve() for root in places.roots()] == [places.shipped()]

@@ -316,10 +316,10 @@ def server():
 
 
 def served(server, name, *more):
-    speaker = f"{{endpoint: '{server.address}', model: m, key_env: THE_KEY, retries: 2, concurrency: 4"
+    generator = f"{{endpoint: '{server.address}', model: m, key_env: THE_KEY, retries: 2, concurrency: 4"
     return (
         *("cai", "recipe=t", f"name={name}", "method.phases=[answers,revisions,pairs,preferences]"),
-        *(f"writer={speaker}}}", f"feedback={speaker}, path: null, price: {{prompt: 1.0, completion: 2.0}}}}"),
+        *(f"writer={generator}}}", f"feedback={generator}, path: null, price: {{prompt: 1.0, completion: 2.0}}}}"),
         *more,
     )
 
