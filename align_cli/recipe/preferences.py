@@ -168,7 +168,7 @@ class DpoRecipe(ReferenceRecipe):
     generation: Generation = Field(default_factory=Generation)
     guards: list[Guard] = Field(default_factory=list)
     """Guards on the metrics of a round's answers, checked before the round trains. Patience counts rounds; raise_kl
-    raises β from that round on."""
+    changes β once per round."""
 
     def row_kind(self) -> RowKind:
         return "prompts" if self.method.rounds is not None else "preferences"

@@ -114,7 +114,8 @@ class GrpoMethod:
     k: Annotated[int, Field(ge=2)] = 8
     """Samples per prompt."""
     beta: Annotated[float, Field(ge=0)] = 0.04
-    """Weight β of the KL term (k3) in the loss. 0 disables it, and no reference model is loaded."""
+    """Weight β of the KL term in the loss: k3 times the importance ratio, or k3 alone, as in the paper, with
+    trainer.use_bias_correction_kl=false. 0 disables it, and no reference model is loaded."""
     clip: Positive = 0.2
     """ε of the clipped ratio."""
     clip_high: Positive | None = None
