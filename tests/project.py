@@ -53,7 +53,7 @@ trainer: {{ learning_rate: 1.0e-3, max_steps: 6, per_device_train_batch_size: 2 
 
 def align(*words: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "align_cli", *words], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+        [sys.executable, "-m", "align_cli", *words], cwd=cwd, capture_output=True, text=True, timeout=900, **kwargs
     )
 
 
@@ -70,7 +70,7 @@ def start(*words: str, cwd: Path, **kwargs) -> subprocess.Popen:
 
 def kill_after_a_checkpoint(*words: str, run: Path, cwd: Path, wait: float = 0.0) -> None:
     """Start a command and end it by SIGKILL, `wait` seconds after the run has its first whole checkpoint."""
-    process, until = start(*words, cwd=cwd), time.monotonic() + 180
+    process, until = start(*words, cwd=cwd), time.monotonic() + 900
     while not list(run.glob("checkpoints/checkpoint-*/complete")) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.02)

@@ -270,7 +270,7 @@ def test_torch_stays_out_of_the_way(home, words):
     )
     if words in (["lineage", "runs/t/dpo"], ["dpo", "recipe=t"]):
         finished(home)
-    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 
