@@ -130,6 +130,7 @@ def measure(args: argparse.Namespace) -> dict:
                 train_dataset=Dataset.from_list(groups),
                 processing_class=tokenizer,
                 terms=terms.get(args.way, [Term("simpo", beta=2.0, gamma_ratio=0.5)]),
+                compares=args.way == "dpo-ours",
                 layout=layout,
                 # tokens of the longest `micro` pairs, padding included
                 batch_tokens=max(n * t for n, t in (size(row, layout) for row in groups)) * args.micro,

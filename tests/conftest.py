@@ -5,7 +5,7 @@ import os
 import pytest
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    # tests side by side share the cores; threads that wait for a core spin, and slow each other down tenfold
+    # tests side by side share the cores; threads that wait for a core spin, and slow each other down many times over
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

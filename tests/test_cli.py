@@ -140,7 +140,7 @@ def test_check_plans_over_a_run_that_is_still_to_be_made(home):
     done = align("check", "dpo", "recipe=t", "model.path=${stage:sft}", "data.batch_size=4", cwd=home)
     assert done.returncode == 0, done.stderr
     assert "needs" in done.stdout and "`align sft recipe=t.yaml`" in done.stdout
-    assert "8 rows read, 8 used" in done.stdout and "4 rows per step" in done.stdout
+    assert "8 rows read, 8 used" in done.stdout and "4 pairs per step" in done.stdout
     assert not (home / "runs").exists()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from align_cli.generation.generators import EndpointGenerator, Generator, LocalGenerator, Spend, check_endpoints
+from align_cli.generation.generators import Generator, LocalGenerator, Spend, check_endpoints, from_source
 from align_cli.model.zero import load_whole_from_now_on
 from align_cli.recipe.constitutional import CaiRecipe
 from align_cli.recipe.generation import GeneratorSource
@@ -56,15 +56,15 @@ class Models:
     def _generator(self, key: str, source: GeneratorSource | None, default: Callable[[], Generator]) -> Generator:
         if source is None:
             return default()
-        if source.endpoint:
-            settings = self.job.recipe.generation
-            return self._once(key, lambda spend: EndpointGenerator(source, key, settings, spend))
-        model = Model(path=source.path, chat_template=source.chat_template)
-        return self._once(key, lambda spend: self._local(model, source.path, spend))
+        settings, bf16 = self.job.recipe.generation, self._bf16
+        return self._once(key, lambda spend: from_source(source, key, settings, spend, bf16=bf16))
+
+    @property
+    def _bf16(self) -> bool:
+        return self.job.recipe.trainer.get("bf16", False)
 
     def _local(self, model: Model, path: str, spend: Spend) -> Generator:
-        recipe = self.job.recipe
-        return LocalGenerator(model, path, recipe.generation, spend, bf16=recipe.trainer.get("bf16", False))
+        return LocalGenerator(model, path, self.job.recipe.generation, spend, bf16=self._bf16)
 
     def _once(self, name: str, make: Callable[[Spend], Generator]) -> Generator:
         if name not in self.loaded:

@@ -97,9 +97,7 @@ class LocalGenerator:
         return replies
 
     def _engine(self, limit: int) -> TransformersEngine:
-        own = self.settings
-        greedy = not own.temperature
-        sampler = Sampler(limit, own.temperature or 1.0, own.top_p, own.top_k, own.batch, greedy)
+        sampler = Sampler.of(self.settings, limit)
         return TransformersEngine(
             lambda: contextlib.nullcontext(self.model), sampler, self.ends, self.tokenizer.pad_token_id
         )
@@ -181,6 +179,14 @@ class EndpointGenerator:
             return log_probs
         letter = choice.read_choice(reply["message"].get("content") or "")
         return None if letter is None else (0.0, -1e4) if letter == "A" else (-1e4, 0.0)
+
+
+def from_source(source: GeneratorSource, key: str, settings: Sampling, spend: Spend, *, bf16: bool) -> Generator:
+    """The generator that a recipe names under `key`: behind its endpoint, or loaded from its path."""
+    if source.endpoint:
+        return EndpointGenerator(source, key, settings, spend)
+    model = Model(path=source.path, chat_template=source.chat_template)
+    return LocalGenerator(model, source.path, settings, spend, bf16=bf16)
 
 
 def check_endpoints(sources: Sequence[tuple[str, GeneratorSource]]) -> None:

@@ -17,6 +17,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from align_cli.recipe.constitutional import CaiGeneration
+from align_cli.recipe.generation import Generation
+
 WORD = 0xFFFFFFFF
 
 
@@ -32,6 +35,18 @@ class Sampler:
     """Prompts per `generate` call."""
     greedy: bool = False
     """Take the most probable token; temperature, top_p and top_k are then ignored."""
+
+    @classmethod
+    def of(cls, settings: Generation | CaiGeneration, limit: int | None = None) -> Sampler:
+        """From a recipe's `generation:`; `limit` replaces max_new_tokens, and a temperature of 0 is greedy."""
+        return cls(
+            limit or settings.max_new_tokens,
+            settings.temperature or 1.0,
+            settings.top_p,
+            settings.top_k,
+            settings.batch,
+            greedy=not settings.temperature,
+        )
 
 
 @torch.no_grad()

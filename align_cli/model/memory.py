@@ -64,7 +64,7 @@ def plan(
     world_size: int,
     offload_optimizer: bool,
     offload_param: bool,
-    frozen: dict[str, int],
+    frozen: dict[str, tuple[int, str]],
     trained_copies: int = 1,
     rows: int,
     tokens: int,
@@ -72,9 +72,9 @@ def plan(
 ) -> list[Part]:
     """Bytes on one rank's device, one Part each: weights, gradients, optimizer, frozen models, activations.
 
-    `frozen` maps a role to its number of frozen models of this size. `trained_copies` is the number of trained models,
-    2 with a value function. One micro-step runs `rows` × `tokens` tokens. A part is divided by `world_size` if ZeRO
-    shards it at `zero_stage`.
+    `frozen` maps a role to the number of its frozen models of this size, and their type. `trained_copies` is the number
+    of trained models, 2 with a value function. One micro-step processes `rows` × `tokens` tokens. A part is divided by
+    `world_size` if ZeRO shards it at this stage.
     """
 
     def shard(amount: float, from_stage: int, offloaded: bool = False) -> int:
@@ -88,7 +88,9 @@ def plan(
         Part("gradients", shard(trainable * width, 2)),
         Part("optimizer", shard(8 * trainable + master, 1, offload_optimizer)),
     ]
-    parts += [Part(name, copies * shard(size.parameters * width, 3)) for name, copies in frozen.items() if copies]
+    for name, (copies, kind) in frozen.items():
+        if copies:
+            parts.append(Part(name, copies * shard(size.parameters * BYTES[kind], 3)))
     if size.hidden and size.layers:
         # Korthikanti et al. (arXiv 2205.05198): 34 bytes per token, hidden unit and layer in half precision; with
         # checkpointing, the inputs of all layers and the activations of one layer remain.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from align_cli.recipe.sections import Recipe
+from align_cli.recipe.stages import Role
 
 
 def trained(recipe: Recipe) -> str:
@@ -15,3 +16,8 @@ def trained(recipe: Recipe) -> str:
 def scorer(gpu: bool) -> str:
     """The dtype of reward models that only score."""
     return "bfloat16" if gpu else "float32"
+
+
+def of(role: Role, recipe: Recipe, gpu: bool) -> str:
+    """The type of the weights of a role's models."""
+    return scorer(gpu) if role.precision == "scorer" else trained(recipe)

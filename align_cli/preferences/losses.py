@@ -138,13 +138,6 @@ LOSSES: dict[str, Callable[[Term, Side, Side], tuple[Tensor, Tensor]]] = {
     "dpo-norm": _logistic(lambda side: side.mean_ratio),
 }
 """Name -> (b,) losses and (b,) margins of a term, before its weight."""
-REFERENCED = ("dpo", "dpo-norm")
-"""Losses that compare with a reference."""
-
-
-def needs_reference(terms: Sequence[Term]) -> bool:
-    """Whether a mixture has a loss that compares with a reference."""
-    return any(term.loss in REFERENCED for term in terms)
 
 
 def preference_loss(terms: Sequence[Term], chosen: Side, rejected: Side) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -39,7 +39,7 @@ class FrozenPolicy:
         # used only to place models; it never trains
         self.trainer = Trainer(model=frozen(model), args=args, processing_class=tokenizer)
         self.model, self.device = model, self.trainer.accelerator.device
-        sampler = Sampler(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, settings.batch)
+        sampler = Sampler.of(settings)
         self.engine = TransformersEngine(self._whole, sampler, self.ends, tokenizer.pad_token_id)
 
     @contextlib.contextmanager

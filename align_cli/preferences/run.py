@@ -16,25 +16,18 @@ from align_cli.model.lora import peft_config
 from align_cli.preferences.losses import Term
 from align_cli.preferences.trainer import PreferenceTrainer, pair_row
 from align_cli.recipe.preferences import PairRecipe
-from align_cli.training.arguments import arguments
 from align_cli.training.datasets import datasets
 from align_cli.training.job import Job, Outcome
 from align_cli.training.loop import run_to_end
 from align_cli.training.placement import frozen, placing
+from align_cli.training.steps import step_arguments
 
 
 def train(job: Job[PairRecipe]) -> Outcome:
     """Train on pairs with the recipe's mixture of losses, answer the samples before and after, save."""
     recipe, data, method = job.recipe, job.recipe.data, job.recipe.method
     tokenizer = load.tokenizer(recipe.model, job.base)
-    args = arguments(
-        TrainingArguments,
-        job,
-        # a data loader batch holds all of this rank's groups of one step; the trainer splits it by tokens
-        per_device_train_batch_size=job.per_device * job.accumulation,
-        gradient_accumulation_steps=1,
-        remove_unused_columns=False,
-    )
+    args = step_arguments(TrainingArguments, job)
 
     def tokenized(groups, tally):
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
@@ -56,6 +49,7 @@ def train(job: Job[PairRecipe]) -> Outcome:
         eval_dataset=held_out,
         processing_class=tokenizer,
         terms=[Term(**asdict(term)) for term in method.terms()],
+        compares=recipe.needs_reference(),
         layout=method.layout,
         batch_tokens=method.batch_tokens or memory.batch_tokens(torch.cuda.is_available()),
         say=job.say,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from align_cli.compat.trl_private import set_trained_tokens, trained_tokens
-from align_cli.preferences.losses import Side, Term, needs_reference, preference_loss
+from align_cli.preferences.losses import Side, Term, preference_loss
 from align_cli.training.layout import Packed, Row
 from align_cli.training.steps import StepTrainer
 
@@ -36,10 +36,10 @@ class PreferenceTrainer(StepTrainer[dict[str, Tensor]]):
     """Trains a model patched by `model.log_probs.scoring` on pairs. `reference`, set after the trainer is built, is a
     prepared frozen model of the same kind; if None, the policy with its adapters disabled is the reference."""
 
-    def __init__(self, *args: Any, terms: list[Term], **kwargs: Any):
+    def __init__(self, *args: Any, terms: list[Term], compares: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.terms = [term for term in terms if term.weight]
-        self.compares = needs_reference(self.terms)
+        self.compares = compares
         self.reference: Module | None = None
         self._sums: Counter[str] = Counter()
 

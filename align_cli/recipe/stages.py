@@ -65,8 +65,6 @@ class StageSpec:
     """Models it may load; `Recipe.copies` gives the number of each."""
     unit: Unit
     """Unit of data.batch_size."""
-    samples: bool = False
-    """Whether it samples from the policy during training."""
     owned: Owned = field(default_factory=dict)
     """Fields of `config` that are set by other keys, in addition to OWNED."""
 
@@ -189,7 +187,6 @@ _SPECS = (
         config=_GRPO_CONFIG,
         models=(POLICY, VALUE, REFERENCE, REWARD, GOLD),
         unit="episodes",
-        samples=True,
         owned=_SAMPLING
         | {
             "num_generations": None,
@@ -207,7 +204,6 @@ _SPECS = (
         config=TrlConfig("RLOOConfig", "trainer/rloo_config.py"),
         models=(POLICY, REFERENCE, REWARD, GOLD),
         unit="episodes",
-        samples=True,
         owned=_SAMPLING
         | {
             "num_generations": "method.k",
@@ -223,7 +219,6 @@ _SPECS = (
         config=_GRPO_CONFIG,
         models=(POLICY, REFERENCE, REWARD, GOLD),
         unit="episodes",
-        samples=True,
         owned=_SAMPLING
         | {
             "num_generations": "method.k",

@@ -49,8 +49,8 @@ def show(plan: Plan, console: Console) -> None:
     rows.append(
         (
             "batch",
-            f"{batch.total} rows per step = {batch.per_device} per device × {batch.accumulation} accumulated × "
-            f"{plan.ranks} ranks",
+            f"{batch.total} {recipe.spec.unit} per step = {batch.per_device} per device × {batch.accumulation} "
+            f"accumulated × {plan.ranks} ranks",
         )
     )
     about = "about " if plan.roughly() else ""

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from align_cli.generation.generators import EndpointGenerator, Generator, LocalGenerator, check_endpoints
+from align_cli.generation.generators import check_endpoints, from_source
 from align_cli.model.zero import loading_whole
 from align_cli.recipe import constitution
 from align_cli.recipe.constitution import Constitution, Principle
 from align_cli.recipe.rewards import RewardSource
-from align_cli.recipe.sections import Model, Recipe
+from align_cli.recipe.sections import Recipe
 from align_cli.rewards.comparison import label, no_pair, probability, question
 from align_cli.rewards.reward import Messages
 from align_cli.training.job import Job
@@ -40,13 +40,9 @@ class Judge:
             self.journal.spend("judge", used)
 
         recipe = job.recipe
-        if judge.endpoint:
-            self.generator: Generator = EndpointGenerator(judge, f"{key}.judge", recipe.generation, spend)
-        else:
-            with loading_whole():
-                named = Model(path=judge.path, chat_template=judge.chat_template)
-                bf16 = recipe.trainer.get("bf16", False)
-                self.generator = LocalGenerator(named, judge.path, recipe.generation, spend, bf16=bf16)
+        bf16 = recipe.trainer.get("bf16", False)
+        with loading_whole():
+            self.generator = from_source(judge, f"{key}.judge", recipe.generation, spend, bf16=bf16)
 
     def __call__(self, prompts: list[Messages], texts: list[str]) -> torch.Tensor:
         questions, places = [], []
@@ -73,9 +69,7 @@ class Judge:
 
     def _choose(self, questions: list[str]) -> list[float | None]:
         """P(A) for each question; None if the judge names no letter."""
-        size = self.job.recipe.generation.batch if isinstance(self.generator, LocalGenerator) else 1
-        order = sorted(range(len(questions)), key=lambda at: len(questions[at]))
-        units = [order[start : start + size] for start in range(0, len(order), size)]
+        units = self.generator.units([[{"role": "user", "content": text}] for text in questions])
 
         def ask(unit: list[int]) -> list[tuple[float, float] | None]:
             return self.generator.choose([questions[at] for at in unit], [None] * len(unit))

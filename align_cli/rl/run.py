@@ -61,10 +61,10 @@ def total(**kwargs: Any) -> None:
 def prepare(trainer: Rollouts, job: Job[OnlineRecipe], backbone: Scorer | None = None) -> None:
     """Give a trainer the recipe's rewards and sampler; `backbone` as in `build_all`."""
     recipe, place = job.recipe, placing(trainer)
-    settings, method = recipe.generation, recipe.method
+    method = recipe.method
     trainer.prepare_rollouts(
         rewards=build_all(job, place, backbone),
-        sampler=Sampler(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, settings.batch),
+        sampler=Sampler.of(recipe.generation),
         missing_eos=method.missing_eos,
         length_penalty=method.length_penalty,
         gold=build(job, recipe.gold, "gold", place) if recipe.gold else None,

@@ -16,10 +16,14 @@ def footprint(recipe: Recipe, per_device: int, ranks: int) -> tuple[memory.Sizes
     if size is None:
         return None, []
     trained = [role.name for role in recipe.spec.models if role.trained]
-    frozen = [role.name for role in recipe.spec.models if not role.trained]
+    frozen: dict[str, tuple[int, str]] = {}
+    for role in recipe.spec.models:
+        if not role.trained:
+            # reward models and the gold one are one entry
+            name = "reward" if role.precision == "scorer" else role.name
+            frozen[name] = (frozen.get(name, (0, ""))[0] + recipe.copies(role.name), precision.of(role, recipe, gpu))
     rows, tokens = recipe.micro_step(per_device)
     parameters = memory.lora_parameters(size, recipe.lora.r) * recipe.adapters() if recipe.lora else size.parameters
-    reward_models = sum(recipe.copies(role) for role in frozen if role != "reference")
     return size, memory.plan(
         size,
         dtype=precision.trained(recipe),
@@ -29,7 +33,7 @@ def footprint(recipe: Recipe, per_device: int, ranks: int) -> tuple[memory.Sizes
         world_size=ranks,
         offload_optimizer=recipe.zero.offload_optimizer,
         offload_param=recipe.zero.offload_param,
-        frozen={"reference": recipe.copies("reference"), "reward": reward_models},
+        frozen=frozen,
         trained_copies=sum(recipe.copies(role) for role in trained),
         rows=rows,
         tokens=tokens or memory.batch_tokens(gpu),

@@ -19,25 +19,18 @@ from align_cli.model.lora import peft_config
 from align_cli.recipe.reward_model import RmRecipe
 from align_cli.reward_model import ensemble, quality, scale
 from align_cli.reward_model.trainer import Objective, RankingTrainer
-from align_cli.training.arguments import arguments
 from align_cli.training.checkpoints import finish
 from align_cli.training.datasets import datasets
 from align_cli.training.job import Job, Outcome
 from align_cli.training.loop import loop
+from align_cli.training.steps import step_arguments
 
 
 def run(job: Job[RmRecipe]) -> Outcome:
     """Train, evaluate on held-out groups, center the scores, save. Returns the metrics and the row counts."""
     recipe, data, method = job.recipe, job.recipe.data, job.recipe.method
     tokenizer = load.tokenizer(recipe.model, job.base)
-    args = arguments(
-        RewardConfig,
-        job,
-        # a data loader batch holds all of this rank's groups of one step; the trainer splits it by tokens
-        per_device_train_batch_size=job.per_device * job.accumulation,
-        gradient_accumulation_steps=1,
-        remove_unused_columns=False,
-    )
+    args = step_arguments(RewardConfig, job)
     seeds, tied = method.seeds or [recipe.seed], 0
 
     def tokenized(groups, tally):

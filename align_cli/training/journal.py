@@ -96,7 +96,7 @@ class RowJournal:
         missing = [unit for unit in units if not all(row in kept for row in unit)]
         if kept and missing:
             self.job.say(f"{label}: {len(kept)} of {total} rows exist from an earlier attempt")
-        mine, errors = missing[self.job.rank :: self.job.ranks], []
+        mine, errors, made = missing[self.job.rank :: self.job.ranks], [], {}
         try:
             if together:
                 rows = self._made_together(name, mine, missing, make, total, label)
@@ -104,13 +104,14 @@ class RowJournal:
                 results = _results(mine, make, workers, lambda: self.stop.received is not None)
                 rows = self._recorded(name, mine, results, total, label)
             for row in rows:
-                kept[row["row"]] = row
+                made[row["row"]] = row
         except AlignError as error:
             errors = list(error.lines)
-        reports = distributed.gather((errors, self.stop.received, kept))
+        reports = distributed.gather((errors, self.stop.received, made))
         if lines := [line for theirs, _, _ in reports for line in theirs]:
             raise AlignError(*dict.fromkeys(lines))
-        every = {number: row for _, _, theirs in reports for number, row in theirs.items()}
+        # every rank has the kept rows already
+        every = kept | {number: row for _, _, theirs in reports for number, row in theirs.items()}
         signal = next((number for _, number, _ in reports if number), None)
         if signal and len(every) < total:
             raise Stopped(signal)

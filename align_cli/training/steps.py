@@ -23,6 +23,8 @@ from align_cli.compat.libraries import exchange_gradients
 from align_cli.compat.trl_private import set_trained_tokens
 from align_cli.model.reward_head import takes_4d_masks
 from align_cli.training import layout as layouts
+from align_cli.training.arguments import Arguments, arguments
+from align_cli.training.job import Job
 from align_cli.training.layout import Packed, Row
 
 Figures = TypeVar("Figures")
@@ -43,6 +45,17 @@ class Batch:
 def collate(rows: list[Row]) -> dict[str, Batch]:
     """A data loader's batch."""
     return {"groups": Batch(rows)}
+
+
+def step_arguments(cls: type[Arguments], job: Job) -> Arguments:
+    """Training arguments for a StepTrainer: a data loader's batch holds all of this rank's groups of one step."""
+    return arguments(
+        cls,
+        job,
+        per_device_train_batch_size=job.per_device * job.accumulation,
+        gradient_accumulation_steps=1,
+        remove_unused_columns=False,
+    )
 
 
 class StepTrainer(Trainer, Generic[Figures]):

@@ -393,7 +393,7 @@ def test_a_single_object_over_several_lines_is_one_line(name):
     write(name, json.dumps({"data": [{"messages": TURNS}], "version": "1"}, indent=1))
     assert problem(name) == (f"{name}: it is a single object; its rows are under 'data': write that list into the file")
     rows = "it is a single object, but rows are expected; write a list of objects, or one object a line"
-    write(name, json.dumps({"messages": TURNS}, indent=1))  # a list of turns is no list of rows
+    write(name, json.dumps({"messages": TURNS}, indent=1))  # a list of turns is not a list of rows
     assert problem(name) == f"{name}: {rows}"
     write(name, json.dumps({"train": [{"a": 1}], "test": [{"a": 1}]}, indent=1))
     assert problem(name) == f"{name}: {rows}"

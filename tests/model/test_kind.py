@@ -191,7 +191,7 @@ def test_a_fingerprint_knows_one_changed_value_and_the_config(here):
     Path("m/notes.txt").write_text("not the model")
     assert kind.fingerprint("m") == third
     Path("m").rename("n")
-    assert kind.fingerprint("n") == third, "the place is no part of it"
+    assert kind.fingerprint("n") == third, "the place is not part of it"
     assert kind.fingerprint("org/name") is None
 
 

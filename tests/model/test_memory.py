@@ -40,9 +40,9 @@ def test_adapters_train_little_and_freeze_the_rest():
 
 
 def test_the_reference_is_whole_below_stage_3():
-    one = {"reference": 1}
+    one = {"reference": (1, "bfloat16")}
     assert [plan(zero_stage=stage, frozen=one)["reference"] for stage in (0, 2, 3)] == [14.48e9, 14.48e9, 1.81e9]
-    assert plan(zero_stage=3, frozen={"reward": 3})["reward"] == 3 * 1.81e9
+    assert plan(zero_stage=3, frozen={"reward": (3, "bfloat16")})["reward"] == 3 * 1.81e9
 
 
 def test_a_value_function_is_trained_like_the_policy():

@@ -56,7 +56,7 @@ def test_a_line_a_subject(project):
     assert said["reference"] == "the initial policy"
     assert "dpo.jsonl (preference): 20 rows read, 20 used, 0 dropped" in said["data.eval"]
     assert said["method"].startswith("loss sigmoid, beta 0.1, label_smoothing 0, pairs best-worst")
-    assert said["batch"] == "8 rows per step = 4 per device × 1 accumulated × 2 ranks"
+    assert said["batch"] == "8 pairs per step = 4 per device × 1 accumulated × 2 ranks"
     assert said["steps"] == "about 9"  # 18 of 20 rows are trained on: 3 steps, 3 epochs
     assert said["ranks"] == "2 × CPU, ZeRO stage 2"
     assert said["run"] == "runs/t/dpo (absent)"

@@ -3,6 +3,7 @@
 import pytest
 
 from align_cli.recipe.check import load
+from align_cli.run import devices
 from align_cli.run.footprint import footprint
 
 
@@ -49,3 +50,12 @@ def test_models_held(here, stage, recipe, words, weights, frozen):
 def test_one_backbone_trains_two_adapters(here):
     alone = planned("rloo", "recipe=hh", *ZERO, "lora=r16")["gradients"]
     assert planned("ppo", "recipe=instructgpt", *ZERO, "lora=r16")["gradients"] == pytest.approx(2 * alone)
+
+
+@pytest.mark.parametrize(("gpus", "dtype", "width"), [(0, "bfloat16", 4), (1, "float32", 2)])
+def test_reward_models_are_planned_in_the_type_that_they_score_in(here, monkeypatch, gpus, dtype, width):
+    monkeypatch.setattr(devices, "gpus", lambda: gpus)
+    recipe = load("rloo", ["recipe=hh", *ZERO, "lora=r16", f"model.dtype={dtype}"])[1]
+    parts = {part.name: part.bytes for part in footprint(recipe, 1, 1)[1]}
+    assert parts["reward"] == pytest.approx(width * P)
+    assert parts["weights"] == pytest.approx({"bfloat16": 2, "float32": 4}[dtype] * P)

@@ -163,7 +163,7 @@ def test_a_run_that_a_recipe_of_its_name_does_not_make(project):
     write("recipes/sft/b.yaml", "name: c\nmodel: { path: models/x }\ndata: { train: sft.jsonl }\n")
     (line,) = refused("model.path=${stage:sft,b}")
     assert "`align sft recipe=b.yaml` makes runs/c/sft; name that" in line
-    # found for every stage, it is no SFT recipe
+    # the group exists for every stage, but this is not an SFT recipe
     write("d.yaml", 'model: { path: "${stage:sft}" }\ndata: { train: dpo.jsonl }\n')
     (line,) = refused("model.path=${stage:sft,d}")
     assert "`align sft recipe=d.yaml` starts from it; write a recipe that makes it" in line
