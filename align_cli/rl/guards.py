@@ -104,9 +104,7 @@ class GuardCallback(TrainerCallback):
         if state.global_step % self.trainer.updates_per_rollout:
             return
         guards, trainer, ended = self.guards, self.trainer, self.guards.reason is not None
-        beta = guards.act(trainer.latest, f"step {state.global_step}", trainer.kl_coefficient)
-        if beta != trainer.kl_coefficient:
-            trainer.kl_coefficient = beta
+        trainer.kl_coefficient = guards.act(trainer.latest, f"step {state.global_step}", trainer.kl_coefficient)
         if guards.reason is not None and not ended:
             at_best = ", at its best checkpoint" if guards.rollback else ""
             guards.say(f"guard: {guards.reason}; the run ends here{at_best}")

@@ -215,7 +215,7 @@ class _Look:
             if present is not None:
                 lines, counts = check_sources(present, rows, tokenizer=tokenizer)
                 self.lines += lines
-                plan.counts += counts if isinstance(self.recipe, CaiRecipe) else []
+                plan.counts += counts
 
     def at_run(self) -> None:
         """State of the run directory, batch arithmetic and memory; requires a valid recipe."""

@@ -130,23 +130,23 @@ def _merge_adapter_parents(job: Job) -> None:
     """Merge parents that are adapters into this run's `base/` and `reference/`, so that policy, reference and any new
     adapter start from the merged model. The adapter's base as reference would give loss 0 and accuracy 1."""
     from align_cli import distributed
-    from align_cli.model import lora
 
-    recipe = job.recipe
-    job.reference = recipe.reference_path()
-    job.base, job.reference = (
-        _merged(job, name, path, lora.merge) if path is not None and kind.look(path).kind == "adapter" else path
-        for name, path in (("base", recipe.model.path), ("reference", job.reference))
-    )
+    reference = job.recipe.reference_path()
+    job.base = _merged(job, "base", job.recipe.model.path)
+    job.reference = reference and _merged(job, "reference", reference)
     distributed.barrier()
 
 
-def _merged(job: Job, name: str, path: str, merge: Callable[..., None]) -> str:
-    """Folder of the merged model of an adapter, which rank 0 writes."""
+def _merged(job: Job, name: str, path: str) -> str:
+    """The path itself, or, for an adapter, where in the run the model is that it stands for; rank 0 writes it."""
+    from align_cli.model import lora
+
+    if kind.look(path).kind != "adapter":
+        return path
     folder = job.run.path / name
     if job.main and not folder.is_dir():
         job.say(f"merging the adapter {path} into its base")
-        merge(path, folder, trust_remote_code=job.recipe.model.trust_remote_code)
+        lora.merge(path, folder, trust_remote_code=job.recipe.model.trust_remote_code)
     return str(folder)
 
 
