@@ -11,6 +11,9 @@ from typing import TypeVar
 
 import torch
 
+from align_cli import hardware
+from align_cli.hardware import Machine
+
 Value = TypeVar("Value")
 
 
@@ -33,6 +36,18 @@ def use_local_device() -> None:
     """Make this rank's own GPU the current one."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def machine() -> Machine:
+    """What this rank computes on, by asking torch."""
+    if not torch.cuda.is_available():
+        return Machine(False, hardware.cpu_units())
+    if torch.version.hip:
+        # gfx908 (MI100) is the first with bfloat16 matrix units
+        units = int(torch.cuda.get_device_properties(device()).gcnArchName.split(":")[0].removeprefix("gfx"), 16)
+        return Machine(True, units >= 0x908)
+    # `is_bf16_supported` is also true where bfloat16 is emulated
+    return Machine(True, torch.cuda.get_device_capability(device()) >= (8, 0))
 
 
 def join() -> None:

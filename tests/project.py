@@ -121,7 +121,7 @@ def job(stage: str, *words: str):
 
     from align_cli.model import precision
     from align_cli.recipe.check import load
-    from align_cli.run import batch
+    from align_cli.run import batch, devices
     from align_cli.run.directory import RunDirectory
     from align_cli.training.job import Job
 
@@ -131,7 +131,7 @@ def job(stage: str, *words: str):
     return Job(
         recipe=recipe,
         run=run,
-        dtype=precision.trained(recipe),
+        precision=precision.choose(recipe, devices.machine()),
         per_device=rows.per_device,
         accumulation=rows.accumulation,
         rank=0,

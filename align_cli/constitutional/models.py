@@ -56,15 +56,11 @@ class Models:
     def _generator(self, key: str, source: GeneratorSource | None, default: Callable[[], Generator]) -> Generator:
         if source is None:
             return default()
-        settings, bf16 = self.job.recipe.generation, self._bf16
-        return self._once(key, lambda spend: from_source(source, key, settings, spend, bf16=bf16))
-
-    @property
-    def _bf16(self) -> bool:
-        return self.job.recipe.trainer.get("bf16", False)
+        settings, dtype = self.job.recipe.generation, self.job.precision.generator
+        return self._once(key, lambda spend: from_source(source, key, settings, spend, dtype=dtype))
 
     def _local(self, model: Model, path: str, spend: Spend) -> Generator:
-        return LocalGenerator(model, path, self.job.recipe.generation, spend, bf16=self._bf16)
+        return LocalGenerator(model, path, self.job.recipe.generation, spend, dtype=self.job.precision.generator)
 
     def _once(self, name: str, make: Callable[[Spend], Generator]) -> Generator:
         if name not in self.loaded:

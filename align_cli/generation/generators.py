@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,9 +65,9 @@ class LocalGenerator:
 
     workers = 1
 
-    def __init__(self, model: Model, path: str, settings: Sampling, spend: Spend, *, bf16: bool):
-        half = torch.cuda.is_available() or bf16
-        dtype = model.dtype if model.dtype != "auto" else "bfloat16" if half else "float32"
+    def __init__(self, model: Model, path: str, settings: Sampling, spend: Spend, *, dtype: str):
+        """`dtype` is the type of the weights unless the model's own settings name one."""
+        dtype = dtype if model.dtype == "auto" else model.dtype
         self.tokenizer = load.tokenizer(model, path)
         self.model = _loaded(model, self.tokenizer, dtype, path).to(distributed.device()).eval()
         self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
@@ -181,12 +180,12 @@ class EndpointGenerator:
         return None if letter is None else (0.0, -1e4) if letter == "A" else (-1e4, 0.0)
 
 
-def from_source(source: GeneratorSource, key: str, settings: Sampling, spend: Spend, *, bf16: bool) -> Generator:
+def from_source(source: GeneratorSource, key: str, settings: Sampling, spend: Spend, *, dtype: str) -> Generator:
     """The generator that a recipe names under `key`: behind its endpoint, or loaded from its path."""
     if source.endpoint:
         return EndpointGenerator(source, key, settings, spend)
     model = Model(path=source.path, chat_template=source.chat_template)
-    return LocalGenerator(model, source.path, settings, spend, bf16=bf16)
+    return LocalGenerator(model, source.path, settings, spend, dtype=dtype)
 
 
 def check_endpoints(sources: Sequence[tuple[str, GeneratorSource]]) -> None:

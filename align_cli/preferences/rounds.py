@@ -155,7 +155,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
                 world_size=part.ranks,
                 zero_stage=part.recipe.zero.stage,
                 started=started,
-                extra={"sampled": sampled.figures} | sampled.extra,
+                extra={"precision": part.precision_entry(), "sampled": sampled.figures} | sampled.extra,
             )
         return distributed.broadcast(made)
 

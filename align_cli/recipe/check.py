@@ -124,6 +124,8 @@ def json_schema(stage: str) -> dict[str, Any]:
         entry: dict[str, Any] = {"type": kinds} if len(kinds) == len(field.annotation.split("|")) else {}
         if values := trainer.choices(trainer.ENUMS.get(key, "")):
             entry = {"enum": list(values)}
+        if also := trainer.ALSO.get(key):
+            entry = {"anyOf": [entry, {"enum": list(also)}]}
         block[key] = entry | ({"description": field.help} if field.help else {})
     schema["properties"]["trainer"] |= {"properties": block, "additionalProperties": False}
     schema["properties"]["defaults"] = {

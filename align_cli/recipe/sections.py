@@ -36,7 +36,8 @@ class Model:
     path: str
     """A directory, a finished run (`${stage:sft}`) or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights in memory. auto: float32 for full fine-tuning, bfloat16 with LoRA."""
+    """Dtype of the weights in memory. auto: float32 for full fine-tuning; with LoRA the type of the matrix products
+    (`trainer.bf16`)."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention implementation; auto leaves the choice to transformers."""
     chat_template: str | None = None

@@ -38,7 +38,7 @@ class Role:
     name: Literal["policy", "reference", "reward", "value", "gold"]
     trained: bool = False
     precision: Literal["model", "scorer"] = "model"
-    """model: `model.dtype`; scorer: bfloat16 on a GPU, float32 on a CPU."""
+    """model: `model.dtype`; scorer: bfloat16 on a GPU that multiplies it, else float32."""
 
 
 POLICY = Role("policy", trained=True)

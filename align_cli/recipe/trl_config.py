@@ -57,6 +57,12 @@ def _help(node: ast.expr | None) -> str:
     return ""
 
 
+BF16 = (
+    "Mixed precision in bfloat16: weights keep model.dtype. auto: where the hardware multiplies bfloat16 (GPUs from "
+    "compute capability 8.0 on, CPUs with AMX or AVX512-BF16); elsewhere it is emulated and slow, and float32 is used."
+)
+
+
 @cache
 def fields(stage: str) -> dict[str, TrainerField]:
     """Name -> field of the stage's TRL config, including inherited fields."""
@@ -71,6 +77,7 @@ def fields(stage: str) -> dict[str, TrainerField]:
                 known[node.target.id] = TrainerField(
                     ast.unparse(node.annotation), _literal(node.value), _help(node.value)
                 )
+    known["bf16"] = TrainerField("bool | None", "auto", BF16)
     return known
 
 
@@ -92,6 +99,10 @@ ENUMS = {
     "save_strategy": "SaveStrategy",
     "logging_strategy": "IntervalStrategy",
 }
+
+
+ALSO = {"bf16": ("auto",)}
+"""Field -> values that we accept besides TRL's, and resolve before TRL sees them."""
 
 
 def owner(stage: str, key: str) -> tuple[bool, str | None]:
@@ -123,6 +134,8 @@ def problems(stage: str, block: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _wrong_type(key: str, value: Any, annotation: str) -> str:
     """The message for a value of the wrong type or an unknown choice, else the empty string."""
+    if value in ALSO.get(key, ()):
+        return ""
     if key in ENUMS and isinstance(value, str):
         allowed = choices(ENUMS[key])
         if allowed and value not in allowed:
@@ -136,5 +149,5 @@ def _wrong_type(key: str, value: Any, annotation: str) -> str:
     fits = any(isinstance(value, simple[kind]) and (kind == "bool" or not isinstance(value, bool)) for kind in kinds)
     if fits:
         return ""
-    wanted = " or ".join(sorted("null" if kind == "None" else kind for kind in kinds))
+    wanted = " or ".join([*ALSO.get(key, ()), *sorted("null" if kind == "None" else kind for kind in kinds)])
     return f"expected {wanted}, found {type(value).__name__} {value!r}"

@@ -25,7 +25,8 @@ def show(plan: Plan, console: Console) -> None:
     console.print(f"align {recipe.stage} recipe={plan.composed.file}", style="bold", highlight=False, markup=False)
     size = f"{plan.size.parameters / 1e9:.3g} B parameters" if plan.size else "size unknown until it is loaded"
     pending = "  (not created yet)" if kind.look(recipe.model.path).kind == "missing" else ""
-    rows.append(("model", f"{recipe.model.path}{pending} · {size} · {precision.trained(recipe)}"))
+    rows.append(("model", f"{recipe.model.path}{pending} · {size}"))
+    rows.append(("precision", f"{precision.choose(recipe, devices.machine())} ({devices.machine()})"))
     if recipe.lora:
         rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
     if (reference := _reference(recipe)) is not None:

@@ -16,7 +16,7 @@ from align_cli import distributed
 from align_cli.data import chat
 from align_cli.data.groups import Group
 from align_cli.errors import UpstreamError
-from align_cli.model import kind, load, precision, reward_head
+from align_cli.model import kind, load, reward_head
 from align_cli.recipe.rewards import RewardSource
 from align_cli.recipe.sections import Model
 from align_cli.rewards import checks, function
@@ -86,7 +86,7 @@ def function_scorer(entry: str) -> Scorer:
 def run_scorer(job: Job, named: Model, place: Place) -> Scorer:
     """A scorer (prompts, texts) -> (b, h) that runs a reward model with its own tokenizer and template."""
     tokenizer = load.tokenizer(named)
-    model = place(reward_head.load_run(named.path, tokenizer, precision.scorer(torch.cuda.is_available())))
+    model = place(reward_head.load_run(named.path, tokenizer, job.precision.scorer))
     return text_scorer(job, tokenizer, lambda inputs: model(**inputs))
 
 

@@ -40,9 +40,8 @@ class Judge:
             self.journal.spend("judge", used)
 
         recipe = job.recipe
-        bf16 = recipe.trainer.get("bf16", False)
         with loading_whole():
-            self.generator = from_source(judge, f"{key}.judge", recipe.generation, spend, bf16=bf16)
+            self.generator = from_source(judge, f"{key}.judge", recipe.generation, spend, dtype=job.precision.generator)
 
     def __call__(self, prompts: list[Messages], texts: list[str]) -> torch.Tensor:
         questions, places = [], []

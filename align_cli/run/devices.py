@@ -6,7 +6,9 @@ import os
 import re
 from pathlib import Path
 
+from align_cli import hardware
 from align_cli.errors import LaunchError
+from align_cli.hardware import Machine
 from align_cli.recipe.sections import Launch
 
 
@@ -18,6 +20,16 @@ def gpus() -> int:
         return present
     chosen = [entry for entry in visible.split(",") if entry.strip() and entry.strip() != "-1"]
     return min(present, len(chosen))
+
+
+def bf16() -> bool:
+    """Whether every visible GPU multiplies bfloat16."""
+    return gpus() > 0
+
+
+def machine() -> Machine:
+    """What ranks started here compute on."""
+    return Machine(gpu=True, bf16=bf16()) if gpus() else Machine(False, hardware.cpu_units())
 
 
 def hosts(hostfile: str) -> dict[str, int]:

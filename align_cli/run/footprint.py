@@ -13,6 +13,7 @@ from align_cli.run.upstream import recipe_of, stage_of_run
 def footprint(recipe: Recipe, per_device: int, ranks: int) -> tuple[memory.Sizes | None, list[memory.Part]]:
     """The model's dimensions and the memory of one rank; (None, []) if the size is unknown before loading."""
     size, gpu = _size(recipe), devices.gpus() > 0
+    chosen = precision.choose(recipe, devices.machine())
     if size is None:
         return None, []
     trained = [role.name for role in recipe.spec.models if role.trained]
@@ -21,13 +22,13 @@ def footprint(recipe: Recipe, per_device: int, ranks: int) -> tuple[memory.Sizes
         if not role.trained:
             # reward models and the gold one are one entry
             name = "reward" if role.precision == "scorer" else role.name
-            frozen[name] = (frozen.get(name, (0, ""))[0] + recipe.copies(role.name), precision.of(role, recipe, gpu))
+            frozen[name] = (frozen.get(name, (0, ""))[0] + recipe.copies(role.name), precision.of(role, chosen))
     rows, tokens = recipe.micro_step(per_device)
     parameters = memory.lora_parameters(size, recipe.lora.r) * recipe.adapters() if recipe.lora else size.parameters
     return size, memory.plan(
         size,
-        dtype=precision.trained(recipe),
-        mixed=bool(recipe.trainer.get("bf16") or recipe.trainer.get("fp16") or gpu),
+        dtype=chosen.weights,
+        mixed=chosen.products != "float32",
         trainable=parameters,
         zero_stage=recipe.zero.stage,
         world_size=ranks,

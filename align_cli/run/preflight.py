@@ -16,7 +16,7 @@ from align_cli.data.groups import Count, check_sources
 from align_cli.data.load import is_local
 from align_cli.data.prompts import sample_problems
 from align_cli.errors import AlignError, RecipeError
-from align_cli.model import kind, memory, saved_tokenizer, templates
+from align_cli.model import kind, memory, precision, saved_tokenizer, templates
 from align_cli.model.saved_tokenizer import SavedTokenizer
 from align_cli.preferences import plan as rounds
 from align_cli.recipe import check, constitution
@@ -234,6 +234,9 @@ class _Look:
             return
         per_device = plan.batch.per_device
         self.lines += [f"{key}: {problem}" for key, problem in recipe.batch_problems(per_device, plan.ranks)]
+        machine = devices.machine()
+        self.lines += precision.problems(recipe, machine)
+        plan.notes += precision.notes(recipe, machine)
         plan.size, plan.memory = footprint(recipe, per_device, plan.ranks)
         if (other := recipe.alternative()) is not None:
             plan.other_memory = footprint(other, per_device, plan.ranks)[1]

@@ -90,7 +90,8 @@ def _stage(stage: str, path: str, text: str) -> int:
     job = Job(
         recipe=recipe,
         run=run_directory,
-        dtype=precision.trained(recipe),
+        # all ranks compute in the types of rank 0's machine
+        precision=distributed.broadcast(precision.choose(recipe, distributed.machine())),
         per_device=rows.per_device,
         accumulation=rows.accumulation,
         rank=rank,
@@ -119,7 +120,12 @@ def _stage(stage: str, path: str, text: str) -> int:
             world_size=ranks,
             zero_stage=recipe.zero.stage,
             started=started,
-            extra=outcome.extra | _code(recipe) | ({"template_date": date} if (date := recipe.data.date) else {}),
+            extra={
+                "precision": job.precision_entry(),
+                **outcome.extra,
+                **_code(recipe),
+                **({"template_date": date} if (date := recipe.data.date) else {}),
+            },
         )
         job.say(f"finished: {path}")
     distributed.leave()

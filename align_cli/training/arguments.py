@@ -24,8 +24,6 @@ def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
     """
     recipe, cuda = job.recipe, torch.cuda.is_available()
     defaults: dict[str, Any] = {
-        # TRL defaults to bf16 even where the hardware does not support it; the recipe's dtype promises float32 there
-        "bf16": cuda and torch.cuda.is_bf16_supported() and not recipe.trainer.get("fp16", False),
         "gradient_checkpointing": cuda,
         "logging_steps": 1 if not cuda else 10,
         "logging_first_step": True,
@@ -47,6 +45,8 @@ def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
         "per_device_train_batch_size": job.per_device,
         "gradient_accumulation_steps": job.accumulation,
         "use_cpu": not cuda,
+        "bf16": job.precision.products == "bfloat16",
+        "fp16": job.precision.products == "float16",
         "deepspeed": deepspeed_config(recipe.zero),
         "remove_unused_columns": True,
         "disable_tqdm": True,

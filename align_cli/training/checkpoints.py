@@ -18,6 +18,9 @@ from align_cli.model.load import set_ends
 from align_cli.run.directory import write_atomically
 from align_cli.training.job import Job
 
+RECORD = "ranks.json"
+"""File beside the checkpoints: who wrote them."""
+
 
 def finish(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, state_dict: dict[str, Any] | None = None
@@ -29,10 +32,30 @@ def finish(
         shutil.rmtree(job.run.checkpoints, ignore_errors=True)
 
 
-def check_ranks(checkpoint: Path, job: Job) -> None:
-    """Raise LaunchError if the checkpoint holds ZeRO state that a different number of ranks wrote."""
-    record = checkpoint.parent / "ranks.json"
-    made_by = json.loads(record.read_text())["world_size"] if record.is_file() else job.ranks
+def record(job: Job) -> None:
+    """Write how many ranks, in which precision, train from here on."""
+    made_by = {"world_size": job.ranks, "precision": job.precision.as_manifest(), "earlier": job.earlier}
+    write_atomically(job.run.checkpoints / RECORD, json.dumps(made_by) + "\n")
+
+
+def check_resumable(checkpoint: Path, step: int, job: Job) -> None:
+    """Compare the ranks and the precision with those that wrote the checkpoint of `step`, and say what differs.
+
+    Raises LaunchError if the checkpoint holds ZeRO state that a different number of ranks, or another precision, wrote.
+    """
+    file = checkpoint.parent / RECORD
+    wrote = json.loads(file.read_text()) if file.is_file() else {}
+    job.earlier += wrote.get("earlier", [])
+    made_by, before, now = wrote.get("world_size", job.ranks), wrote.get("precision"), job.precision.as_manifest()
+    if before and any(before[key] != now[key] for key in ("weights", "products")):
+        types = f"{before['weights']} weights and {before['products']} products ({before['machine']})"
+        if job.recipe.zero.stage:
+            raise LaunchError(
+                f"{checkpoint}: was written with {types}, and ZeRO state keeps its types, but this run would have "
+                f"{job.precision} ({now['machine']}); resume on such a machine, or start anew with force=true"
+            )
+        job.earlier.append(before | {"until_step": step})
+        job.say(f"warning: until step {step} this run had {types}; from here on {job.precision} ({now['machine']})")
     if job.recipe.zero.stage and made_by != job.ranks:
         raise LaunchError(
             f"{checkpoint}: was written by {made_by} ranks, and ZeRO state cannot be resharded for {job.ranks}; "

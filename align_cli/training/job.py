@@ -11,6 +11,7 @@ from rich.console import Console
 from align_cli.data.chat import Tally
 from align_cli.data.groups import Count
 from align_cli.errors import DataError, raise_all
+from align_cli.model.precision import Precision
 from align_cli.recipe.sections import Recipe
 from align_cli.run.directory import RunDirectory
 
@@ -23,7 +24,7 @@ class Job(Generic[AnyRecipe]):
 
     recipe: AnyRecipe
     run: RunDirectory
-    dtype: str
+    precision: Precision
     per_device: int
     accumulation: int
     rank: int
@@ -35,6 +36,18 @@ class Job(Generic[AnyRecipe]):
     """Where the policy's weights are read from: the recipe's path, or the merged model of an adapter parent."""
     reference: str | None = None
     """Where the weights of a separate reference are read from; None if the reference is the initial policy."""
+
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """Precision of the steps before a resume on a machine of another kind, for the manifest."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the weights of the policy and its reference."""
+        return self.precision.weights
+
+    def precision_entry(self) -> dict[str, Any]:
+        """The manifest's entry for the data types."""
+        return self.precision.as_manifest() | ({"earlier": self.earlier} if self.earlier else {})
 
     @property
     def main(self) -> bool:

@@ -16,7 +16,7 @@ from align_cli.compat.trl_private import trained_tokens
 from align_cli.data.groups import Count
 from align_cli.run.directory import COMPLETE, trim_metrics
 from align_cli.training.callbacks import CheckpointMarks, Metrics, OrderlyStop, ProgressLine
-from align_cli.training.checkpoints import check_ranks, finish
+from align_cli.training.checkpoints import check_resumable, finish, record
 from align_cli.training.job import Job, Outcome
 from align_cli.training.samples import Samples
 
@@ -58,8 +58,8 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
     trainer.accelerator.wait_for_everyone()
     resume = job.run.latest_checkpoint()
     if resume is not None:
-        check_ranks(resume, job)
         step = json.loads((resume / "trainer_state.json").read_text())["global_step"]
+        check_resumable(resume, step, job)
         if job.main:
             trim_metrics(job.run.metrics, step)
         job.say(f"resuming from step {step} ({resume})")
@@ -67,7 +67,7 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
         job.run.metrics.unlink(missing_ok=True)
     if job.main:
         job.run.checkpoints.mkdir(parents=True, exist_ok=True)
-        (job.run.checkpoints / "ranks.json").write_text(json.dumps({"world_size": job.ranks}))
+        record(job)
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.received is not None:
         return {}, stop.received

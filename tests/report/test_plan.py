@@ -51,7 +51,8 @@ def printed(*words):
 def test_a_line_a_subject(project):
     said = printed("data.batch_size=8", "launch.num_gpus=2", "zero=zero2", "data.eval=0.1", "lora.r=4")
     assert said[""] == "align dpo recipe=recipes/dpo/t.yaml"
-    assert said["model"] == "models/x · 0.268 B parameters · bfloat16"
+    assert said["model"] == "models/x · 0.268 B parameters"
+    assert said["precision"] == "float32 weights, float32 products (CPU without bf16 units)"
     assert said["lora"] == "r 4, alpha 16, targets all-linear"
     assert said["reference"] == "the initial policy"
     assert "dpo.jsonl (preference): 20 rows read, 20 used, 0 dropped" in said["data.eval"]

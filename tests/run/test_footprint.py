@@ -2,6 +2,7 @@
 
 import pytest
 
+from align_cli.hardware import Machine
 from align_cli.recipe.check import load
 from align_cli.run import devices
 from align_cli.run.footprint import footprint
@@ -54,7 +55,7 @@ def test_one_backbone_trains_two_adapters(here):
 
 @pytest.mark.parametrize(("gpus", "dtype", "width"), [(0, "bfloat16", 4), (1, "float32", 2)])
 def test_reward_models_are_planned_in_the_type_that_they_score_in(here, monkeypatch, gpus, dtype, width):
-    monkeypatch.setattr(devices, "gpus", lambda: gpus)
+    monkeypatch.setattr(devices, "machine", lambda: Machine(gpu=gpus > 0, bf16=gpus > 0))
     recipe = load("rloo", ["recipe=hh", *ZERO, "lora=r16", f"model.dtype={dtype}"])[1]
     parts = {part.name: part.bytes for part in footprint(recipe, 1, 1)[1]}
     assert parts["reward"] == pytest.approx(width * P)
