@@ -13,7 +13,7 @@ from align_cli.recipe.stages import STAGES
 
 ROOT = Path(align_cli.__file__).parent
 LAYERS = (
-    ("errors", "hardware"),
+    ("errors", "hardware", "driver"),
     ("recipe", "compat", "distributed", "signals", "hub"),
     ("data", "model", "cpu"),
     ("generation", "training"),

@@ -62,3 +62,11 @@ def deepspeed_accelerator() -> str:
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()._name
+
+
+def deepspeed_without_nvml() -> None:
+    """Let DeepSpeed ask torch for free memory, not NVML, for which it reads CUDA_VISIBLE_DEVICES as integers: a list
+    of GPU or MIG ids would end ZeRO-2 with a ValueError. To be called after `import deepspeed`."""
+    from deepspeed.accelerator import cuda_accelerator
+
+    cuda_accelerator.pynvml = None

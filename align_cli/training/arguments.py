@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments, set_seed
 
+from align_cli.compat import libraries
 from align_cli.model import zero
 from align_cli.model.zero import deepspeed_config
 from align_cli.training.job import Job
@@ -63,6 +64,7 @@ def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
         if args.deepspeed:
             import deepspeed
 
+            libraries.deepspeed_without_nvml()
             zero.build_operators()
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
             zero.unlink_buffers()

@@ -197,3 +197,18 @@ def test_deepspeed_says_what_it_runs_on(monkeypatch):
 
     monkeypatch.setattr(real_accelerator, "ds_accelerator", None)
     assert libraries.deepspeed_accelerator() == "cpu"
+
+
+def test_deepspeed_counts_free_memory_where_devices_are_named_by_id(monkeypatch):
+    """With NVML's bindings installed, DeepSpeed converts CUDA_VISIBLE_DEVICES to int."""
+    from deepspeed.accelerator import cuda_accelerator
+
+    accelerator = cuda_accelerator.CUDA_Accelerator()
+    monkeypatch.setattr(cuda_accelerator, "pynvml", SimpleNamespace(nvmlDeviceGetHandleByIndex=None))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0aa1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=100))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 40)
+    with pytest.raises(ValueError, match="MIG-0aa1"):
+        accelerator.available_memory(0)
+    libraries.deepspeed_without_nvml()
+    assert accelerator.available_memory(0) == 60
