@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from align_cli import hardware
+from align_cli import driver, hardware
+from align_cli.errors import LaunchError
 from align_cli.hardware import Machine
 
 Value = TypeVar("Value")
@@ -33,9 +34,29 @@ def device() -> torch.device:
 
 
 def use_local_device() -> None:
-    """Make this rank's own GPU the current one."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    """Make this rank's own GPU the current one: the only GPU that it sees, or the one at LOCAL_RANK.
+
+    Under `srun --gpus-per-task=1` every task sees one GPU, whatever its number on the host. LOCAL_RANK is then set to
+    0, since libraries use it as an index, too. Raises LaunchError if there are more ranks than GPUs, and if torch
+    cannot use the GPUs.
+    """
+    if not torch.cuda.is_available():
+        if shown := driver.visible():
+            raise LaunchError(
+                f"torch {torch.__version__}: cannot use {driver.described(shown)}; update the driver or install a "
+                "build of torch that fits it, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        return
+    seen, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    index = 0 if seen == 1 else local
+    if index >= seen:
+        raise LaunchError(
+            f"LOCAL_RANK: is {local}, but this rank sees {seen} GPUs; start one rank per GPU, or with srun add "
+            "--gpus-per-task=1"
+        )
+    if "LOCAL_RANK" in os.environ:
+        os.environ["LOCAL_RANK"] = str(index)
+    torch.cuda.set_device(index)
 
 
 def machine() -> Machine:
