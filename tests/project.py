@@ -131,7 +131,7 @@ def job(stage: str, *words: str):
     return Job(
         recipe=recipe,
         run=run,
-        precision=precision.choose(recipe, devices.machine()),
+        precision=precision.choose(recipe, devices.machine(recipe.launch)),
         per_device=rows.per_device,
         accumulation=rows.accumulation,
         rank=0,

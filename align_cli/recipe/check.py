@@ -229,7 +229,8 @@ def _joined(problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def _is_tag(part: Any) -> bool:
     """Whether a part of pydantic's location is the branch of a union, which users did not write."""
     return isinstance(part, str) and (
-        part in ("str", "float", "int", "bool") or part.startswith(("list[", "literal[", "function-", "nullable"))
+        part in ("str", "float", "int", "bool")
+        or part.startswith(("list[", "literal[", "function-", "nullable", "constrained-"))
     )
 
 

@@ -186,8 +186,9 @@ class Zero:
 class Launch:
     """Processes and hosts."""
 
-    num_gpus: Count = 1
-    """Ranks on this machine. Without a GPU, they run on the CPU and communicate over gloo."""
+    num_gpus: Count | Literal["auto"] | None = None
+    """Ranks on this machine, or on each host of the hostfile. auto: one for each visible GPU, or for each slot of the
+    hostfile. Default: 1, or one for each slot. Without a GPU, ranks run on the CPU and communicate over gloo."""
     hostfile: str | None = None
     """DeepSpeed hostfile, with lines such as `host slots=8`."""
     num_nodes: Count | None = None

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from align_cli import driver
 from align_cli.model import kind, precision
 from align_cli.model.memory import GIB, Part
 from align_cli.preferences import plan as rounds
@@ -26,7 +27,8 @@ def show(plan: Plan, console: Console) -> None:
     size = f"{plan.size.parameters / 1e9:.3g} B parameters" if plan.size else "size unknown until it is loaded"
     pending = "  (not created yet)" if kind.look(recipe.model.path).kind == "missing" else ""
     rows.append(("model", f"{recipe.model.path}{pending} · {size}"))
-    rows.append(("precision", f"{precision.choose(recipe, devices.machine())} ({devices.machine()})"))
+    machine = devices.machine(recipe.launch)
+    rows.append(("precision", f"{precision.choose(recipe, machine)} ({machine})"))
     if recipe.lora:
         rows.append(("lora", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}"))
     if (reference := _reference(recipe)) is not None:
@@ -59,9 +61,7 @@ def show(plan: Plan, console: Console) -> None:
     rows += loop
     if not loop:
         rows.append(("steps", f"{about}{steps}" if (steps := plan.steps()) else "unknown until the rows are read"))
-    device = "GPU" if devices.gpus() else "CPU"
-    hosts = f" over {recipe.launch.hostfile}" if recipe.launch.hostfile else ""
-    rows.append(("ranks", f"{plan.ranks} × {device}{hosts}, ZeRO stage {recipe.zero.stage}"))
+    rows.append(("ranks", f"{_ranks(plan)}, ZeRO stage {recipe.zero.stage}"))
     if plan.memory:
         rows.append(("memory", f"≈ {_total(plan.memory)}"))
     if plan.other_memory:
@@ -87,6 +87,21 @@ def _reference(recipe: Recipe) -> str | None:
         return "none: no loss needs one"
     own = "the policy at the start of each round" if rounds.in_rounds(recipe) else "the initial policy"
     return recipe.reference_path() or own
+
+
+def _ranks(plan: Plan) -> str:
+    """The plan's entry for ranks and their devices: `8 ranks on 8 × NVIDIA H100 80GB HBM3`."""
+    launch, used, seen = plan.recipe.launch, devices.used(plan.recipe.launch), driver.visible()
+    ranks = f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}"
+    if launch.hostfile is not None:
+        return f"{ranks} over {launch.hostfile}"
+    if not used:
+        idle = driver.unsupported()
+        return f"{ranks} on the CPU" + (f"; torch is not built for {driver.described(idle)}" if idle else "")
+    if plan.ranks == 1:
+        more = f", 1 of {len(seen)} GPUs (launch.num_gpus=auto uses all)" if len(seen) > 1 else ""
+        return f"{ranks} on {used[0].name}{more}"
+    return f"{ranks} on {driver.described(used)}"
 
 
 def _total(memory: list[Part]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from align_cli import hardware
+from align_cli import driver, hardware
 from align_cli.errors import LaunchError
 from align_cli.hardware import Machine
 from align_cli.recipe.sections import Launch
@@ -14,22 +15,51 @@ from align_cli.recipe.sections import Launch
 
 def gpus() -> int:
     """Number of GPUs visible to processes started here."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len([node for node in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)])
-    if visible is None:
-        return present
-    chosen = [entry for entry in visible.split(",") if entry.strip() and entry.strip() != "-1"]
-    return min(present, len(chosen))
+    return len(driver.visible())
 
 
-def bf16() -> bool:
-    """Whether every visible GPU multiplies bfloat16."""
-    return gpus() > 0
+def used(launch: Launch) -> tuple[driver.Gpu, ...]:
+    """The GPUs of the ranks on this machine; empty if they run on the CPU."""
+    seen = driver.visible()
+    return seen if launch.hostfile or outer_ranks() else seen[: resolved(launch).num_gpus]
 
 
-def machine() -> Machine:
+def resolved(launch: Launch) -> Launch:
+    """The launch with a number of ranks on this machine; with a hostfile, None stands for all slots of each host."""
+    number = launch.num_gpus
+    if launch.hostfile is not None:
+        number = None if number == "auto" else number
+    elif number == "auto":
+        number = max(gpus(), 1)
+    return replace(launch, num_gpus=number if launch.hostfile else number or 1)
+
+
+def number(variable: str) -> int | None:
+    """The number in an environment variable, or None if it is unset or empty. Raises LaunchError."""
+    text = os.environ.get(variable, "").strip()
+    if text and not text.isdecimal():
+        raise LaunchError(f"{variable}: is '{text}', not a number; unset this variable, which launchers set")
+    return int(text) if text else None
+
+
+def outer_ranks() -> int | None:
+    """Number of ranks that an external launcher started; None if this process is not one of them.
+
+    Raises LaunchError for variables that contradict each other.
+    """
+    ranks, rank = number("WORLD_SIZE"), number("RANK")
+    if ranks is None or rank is None:
+        return None
+    if rank >= ranks:
+        raise LaunchError(f"RANK: is {rank}, but WORLD_SIZE is {ranks}; unset both, or start all ranks by a launcher")
+    return ranks
+
+
+def machine(launch: Launch) -> Machine:
     """What ranks started here compute on."""
-    return Machine(gpu=True, bf16=bf16()) if gpus() else Machine(False, hardware.cpu_units())
+    if found := used(launch):
+        return Machine(gpu=True, bf16=driver.bf16(found))
+    return Machine(False, hardware.cpu_units())
 
 
 def hosts(hostfile: str) -> dict[str, int]:
@@ -60,20 +90,22 @@ def hosts(hostfile: str) -> dict[str, int]:
     return slots
 
 
+def slots(launch: Launch) -> dict[str, int]:
+    """Host -> ranks, for the hosts of the hostfile that are used. Raises LaunchError."""
+    known = list(hosts(launch.hostfile).items())[: launch.num_nodes]
+    return {host: min(slots, launch.num_gpus or slots) for host, slots in known}
+
+
 def world_size(launch: Launch) -> int:
-    """Ranks over all hosts. Raises LaunchError for a hostfile that cannot be read."""
-    if outer := os.environ.get("WORLD_SIZE"):
-        return int(outer)
-    if launch.hostfile is None:
-        return launch.num_gpus
-    slots = list(hosts(launch.hostfile).values())[: launch.num_nodes]
-    return sum(min(slot, launch.num_gpus) if launch.num_gpus > 1 else slot for slot in slots)
+    """Ranks over all hosts. `launch` is resolved. Raises LaunchError for a hostfile that cannot be read."""
+    if outer := outer_ranks():
+        return outer
+    return launch.num_gpus if launch.hostfile is None else sum(slots(launch).values())
 
 
 def problems(launch: Launch) -> list[str]:
-    """A line for every reason why these ranks cannot start here."""
+    """A line for every reason why these ranks cannot start here. `launch` is resolved."""
     lines = []
-    here = gpus()
     if launch.hostfile is not None:
         try:
             known = hosts(launch.hostfile)
@@ -93,11 +125,22 @@ def problems(launch: Launch) -> list[str]:
         if launch.node_rank is not None and launch.master_addr is None:
             lines.append("launch.master_addr: is missing; with node_rank every host needs rank 0's address")
     else:
-        if here and launch.num_gpus > here:
-            lines.append(
-                f"launch.num_gpus: is {launch.num_gpus}, but this machine has {here}; set launch.num_gpus={here}"
-            )
+        if not outer_ranks():
+            lines += _too_many(launch.num_gpus)
         for key in ("node_rank", "num_nodes"):
             if getattr(launch, key) is not None:
                 lines.append(f"launch.{key}: needs launch.hostfile; add it or remove {key}")
     return lines
+
+
+def _too_many(ranks: int) -> list[str]:
+    """A line if there are fewer visible GPUs than ranks. Without any, ranks run on the CPU."""
+    seen, remedy = driver.visible(), f"set launch.num_gpus={gpus()}"
+    if not seen or ranks <= len(seen):
+        return []
+    if seen[0].mig:
+        return [f"launch.num_gpus: is {ranks}, but a MIG device ({seen[0].name}) runs one rank; {remedy}"]
+    if limit := driver.limited_by():
+        shown = f"{limit} shows {len(seen)} of {driver.described(driver.present())}"
+        return [f"launch.num_gpus: is {ranks}, but {shown}; {remedy}, or let this variable name more"]
+    return [f"launch.num_gpus: is {ranks}, but this machine has {driver.described(seen)}; {remedy}"]

@@ -13,7 +13,7 @@ from align_cli.run.upstream import recipe_of, stage_of_run
 def footprint(recipe: Recipe, per_device: int, ranks: int) -> tuple[memory.Sizes | None, list[memory.Part]]:
     """The model's dimensions and the memory of one rank; (None, []) if the size is unknown before loading."""
     size, gpu = _size(recipe), devices.gpus() > 0
-    chosen = precision.choose(recipe, devices.machine())
+    chosen = precision.choose(recipe, devices.machine(recipe.launch))
     if size is None:
         return None, []
     trained = [role.name for role in recipe.spec.models if role.trained]

@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 def adopt_slurm() -> None:
     """Set the variables of torch.distributed on the ranks of an `srun` step."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks < 2 or "RANK" in os.environ:
+    tasks, rank = devices.number("SLURM_STEP_NUM_TASKS"), devices.number("SLURM_PROCID")
+    if tasks is None or tasks < 2 or rank is None or devices.outer_ranks():
         return
     first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or _first_node(os.environ.get("SLURM_STEP_NODELIST", ""))
     os.environ |= {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(devices.number("SLURM_LOCALID") or 0),
         "WORLD_SIZE": str(tasks),
-        "MASTER_ADDR": os.environ.get("MASTER_ADDR", first),
-        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or first,
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(20000 + (devices.number("SLURM_JOB_ID") or 0) % 20000),
     }
 
 
@@ -51,7 +51,12 @@ def _first_node(nodes: str) -> str:
 def called_by_launcher() -> bool:
     """Whether DeepSpeed's launcher, torchrun or Slurm started this process as one of several ranks."""
     adopt_slurm()
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    if (devices.outer_ranks() or 1) < 2:
+        return False
+    if devices.number("LOCAL_RANK") is None:
+        # libraries take a process without it for the only one; launchers that leave it out start one rank per host
+        os.environ["LOCAL_RANK"] = "0"
+    return True
 
 
 def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
@@ -72,6 +77,7 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
     code = 2
     try:
         if launch.num_gpus == 1 and launch.hostfile is None:
+            environment.one_gpu()
             from align_cli.run import worker
 
             code = worker.run(stage, run.path)
@@ -88,13 +94,22 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
     """Command line of the DeepSpeed launcher for a prepared run."""
     line = [sys.executable, "-m", "deepspeed.launcher.runner"]
     if launch.hostfile is None:
-        line += ["--num_gpus", str(launch.num_gpus), "--master_addr", launch.master_addr or "127.0.0.1"]
+        if gpus := devices.used(launch):
+            # with --num_gpus the launcher would take the first GPUs, whatever CUDA_VISIBLE_DEVICES says. Among those
+            # that HIP_VISIBLE_DEVICES leaves, ROCm counts from 0
+            slots = [at if gpu.gfx is not None else gpu.index for at, gpu in enumerate(gpus)]
+            line += ["--include", f"localhost:{','.join(map(str, slots))}"]
+        else:
+            line += ["--num_gpus", str(launch.num_gpus)]
+        line += ["--master_addr", launch.master_addr or "127.0.0.1"]
         line += ["--master_port", str(launch.master_port or environment.free_port())]
     else:
         line += ["--hostfile", launch.hostfile, "--master_port", str(launch.master_port or 29500)]
-        if launch.num_gpus > 1:
-            line += ["--num_gpus", str(launch.num_gpus)]
-        if launch.num_nodes:
+        if launch.num_gpus:
+            # --num_gpus would start that many ranks on hosts with fewer slots, too
+            slots = devices.slots(launch).items()
+            line += ["--include", "@".join(f"{host}:{','.join(map(str, range(ranks)))}" for host, ranks in slots)]
+        elif launch.num_nodes:
             line += ["--num_nodes", str(launch.num_nodes)]
         if launch.master_addr:
             line += ["--master_addr", launch.master_addr]
@@ -108,11 +123,7 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
 def _ranks(stage: str, run: RunDirectory, launch: Launch) -> int:
     """Start the launcher and wait. Signals are sent to the ranks directly, which finish their step, write a checkpoint
     and stop; the launcher would kill them after 30 seconds."""
-    variables = os.environ | {environment.PARENT: environment.this_process()}
-    if not devices.gpus():
-        # ranks on one machine slow each other down if each uses as many threads as there are cores
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.num_gpus)))
-        variables.setdefault("LOCAL_SIZE", str(launch.num_gpus))
+    variables = environment.of_ranks(launch)
     launcher = subprocess.Popen(command(stage, run.path, launch), env=variables, start_new_session=True)
     received: list[int] = []
 

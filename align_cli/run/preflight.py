@@ -111,6 +111,9 @@ def load(stage: str, arguments: list[str], *, starting: bool, render: bool = Tru
     except RecipeError as error:
         recipe, valid = check.partial(composed), False
         lines += error.lines
+    launch = devices.resolved(recipe.launch)
+    if valid:
+        recipe = replace(recipe, launch=launch)
     plan = Plan(composed, recipe, "absent")
     look = _Look(plan, lines, starting)
     look.at_models()
@@ -120,7 +123,7 @@ def load(stage: str, arguments: list[str], *, starting: bool, render: bool = Tru
     if isinstance(recipe, CaiRecipe):
         look.at_constitution(recipe)
     look.at_judges()
-    lines += devices.problems(recipe.launch)
+    lines += devices.problems(launch)
     if valid and not lines:
         look.at_run()
     if lines:
@@ -234,7 +237,7 @@ class _Look:
             return
         per_device = plan.batch.per_device
         self.lines += [f"{key}: {problem}" for key, problem in recipe.batch_problems(per_device, plan.ranks)]
-        machine = devices.machine()
+        machine = devices.machine(recipe.launch)
         self.lines += precision.problems(recipe, machine)
         plan.notes += precision.notes(recipe, machine)
         plan.size, plan.memory = footprint(recipe, per_device, plan.ranks)

@@ -40,7 +40,12 @@ def problems(stage, *arguments):
         ("lora: None", "mine.yaml:3: lora: 'None' is read as text; write null"),
         ("method: 5", "mine.yaml:3: method: expected a section with keys train_on, packing, found 5"),
         ("trainer: null", "mine.yaml:3: trainer: expected an object, found NoneType None"),
-        ("launch: { num_gpus: 0 }", "mine.yaml:3: launch.num_gpus: expected greater than or equal to 1, found int 0"),
+        ("launch: { num_nodes: 0 }", "mine.yaml:3: launch.num_nodes: expected greater than or equal to 1, found int 0"),
+        (
+            "launch: { num_gpus: 0 }",
+            "mine.yaml:3: launch.num_gpus: expected greater than or equal to 1 or auto, found int 0",
+        ),
+        ("launch: { num_gpus: all }", "mine.yaml:3: launch.num_gpus: expected an integer or auto, found str 'all'"),
         ("method: { train_on: turns }", "mine.yaml:3: method.train_on: 'turns' is not one of all-turns, last-turn"),
     ],
 )

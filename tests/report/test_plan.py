@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from align_cli import driver
 from align_cli.report import plan as report
 from align_cli.run import preflight
 
@@ -25,7 +26,7 @@ def rows(file, lines):
 
 @pytest.fixture
 def project(here, monkeypatch):
-    monkeypatch.setattr(preflight.devices, "gpus", lambda: 0)
+    monkeypatch.setattr(driver, "present", tuple)
     write("models/x/config.json", '{"architectures": ["LlamaForCausalLM"]}')
     write("models/x/chat_template.jinja", "x")
     Path("models/x/model.safetensors").write_bytes(len(HEADER).to_bytes(8, "little") + HEADER)
@@ -59,9 +60,27 @@ def test_a_line_a_subject(project):
     assert said["method"].startswith("loss sigmoid, beta 0.1, label_smoothing 0, pairs best-worst")
     assert said["batch"] == "8 pairs per step = 4 per device × 1 accumulated × 2 ranks"
     assert said["steps"] == "about 9"  # 18 of 20 rows are trained on: 3 steps, 3 epochs
-    assert said["ranks"] == "2 × CPU, ZeRO stage 2"
+    assert said["ranks"] == "2 ranks on the CPU, ZeRO stage 2"
     assert said["run"] == "runs/t/dpo (absent)"
     assert "needs" not in said
+
+
+def test_ranks_name_their_devices(project, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    h100 = [driver.Gpu(at, "NVIDIA H100 80GB HBM3", 80 << 30, f"GPU-{at}", (9, 0)) for at in range(8)]
+    assert printed()["ranks"] == "1 rank on the CPU, ZeRO stage 0"
+    monkeypatch.setattr(driver, "unsupported", lambda: tuple(h100))
+    unused = "1 rank on the CPU; torch is not built for 8 × NVIDIA H100 80GB HBM3, ZeRO stage 0"
+    assert printed()["ranks"] == unused
+    monkeypatch.setattr(driver, "present", lambda: tuple(h100))
+    one = "1 rank on NVIDIA H100 80GB HBM3, 1 of 8 GPUs (launch.num_gpus=auto uses all), ZeRO stage 0"
+    assert printed()["ranks"] == one
+    assert printed("launch.num_gpus=auto")["ranks"] == "8 ranks on 8 × NVIDIA H100 80GB HBM3, ZeRO stage 0"
+    write("hosts", "a slots=8\nb slots=8\n")
+    assert printed("launch.hostfile=hosts")["ranks"] == "16 ranks over hosts, ZeRO stage 0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert printed()["ranks"] == "1 rank on NVIDIA H100 80GB HBM3, ZeRO stage 0"
 
 
 def test_memory_in_gib(project):

@@ -2,7 +2,9 @@
 
 import pytest
 
+from align_cli import driver
 from align_cli.errors import LaunchError
+from align_cli.hardware import Machine
 from align_cli.recipe.sections import Launch
 from align_cli.run import devices
 
@@ -50,15 +52,101 @@ def test_ranks_over_hosts(here):
     assert devices.world_size(Launch(num_gpus=3)) == 3
 
 
-def test_under_a_launcher_its_word_counts(here, monkeypatch):
+def test_one_rank_on_each_host_is_not_the_default(here):
+    file = hostfile(here, "a slots=4\nb slots=8\n")
+    assert devices.world_size(devices.resolved(Launch(hostfile=file, num_gpus=1))) == 2
+    assert devices.world_size(devices.resolved(Launch(hostfile=file))) == 12
+    assert devices.world_size(devices.resolved(Launch(hostfile=file, num_gpus="auto"))) == 12
+
+
+@pytest.fixture
+def machine(here, monkeypatch):
+    """Gives this process GPUs with these names."""
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def put(*names, ids="GPU"):
+        found = [driver.Gpu(at, name, 80 << 30, f"{ids}-{at}", (9, 0)) for at, name in enumerate(names)]
+        monkeypatch.setattr(driver, "present", lambda: tuple(found))
+
+    return put
+
+
+def test_auto_is_all_visible_gpus_or_one_rank(machine, monkeypatch):
+    machine()
+    assert devices.resolved(Launch(num_gpus="auto")).num_gpus == 1
+    machine("T4", "T4", "T4")
+    assert devices.resolved(Launch(num_gpus="auto")).num_gpus == 3
+    assert devices.resolved(Launch()).num_gpus == 1 and devices.resolved(Launch(num_gpus=2)).num_gpus == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    launch = devices.resolved(Launch(num_gpus="auto"))
+    assert launch.num_gpus == 2 and [gpu.index for gpu in devices.used(launch)] == [2, 0]
+
+
+def test_precision_is_that_of_the_gpus_in_use(here, monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    mixed = driver.Gpu(0, "A100", 80 << 30, capability=(8, 0)), driver.Gpu(1, "T4", 16 << 30, capability=(7, 5))
+    monkeypatch.setattr(driver, "present", lambda: mixed)
+    assert devices.machine(Launch()) == Machine(gpu=True, bf16=True)
+    assert devices.machine(Launch(num_gpus="auto")) == Machine(gpu=True, bf16=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not devices.machine(Launch()).gpu
+
+
+def test_under_a_launcher_its_word_counts(machine, monkeypatch):
+    machine("T4")
     monkeypatch.setenv("WORLD_SIZE", "6")
+    assert devices.world_size(Launch(num_gpus=2)) == 2, "a world size that somebody exported"
+    monkeypatch.setenv("RANK", "5")
     assert devices.world_size(Launch(num_gpus=2)) == 6
+    assert devices.problems(Launch(num_gpus=2)) == [], "each task of srun may see one GPU"
 
 
-def test_the_machine_decides_only_about_its_own_ranks(here, monkeypatch):
-    monkeypatch.setattr(devices, "gpus", lambda: 1)
+def test_the_machine_decides_only_about_its_own_ranks(here, machine):
+    machine("T4")
     assert devices.problems(Launch(hostfile=hostfile(here, "a slots=8\nb slots=8\n"))) == []
-    assert len(devices.problems(Launch(num_gpus=8))) == 1
+
+
+def test_more_ranks_than_gpus(machine, monkeypatch):
+    machine()
+    assert devices.problems(Launch(num_gpus=8)) == [], "ranks run on the CPU"
+    machine("NVIDIA T4", "NVIDIA T4")
+    assert devices.problems(Launch(num_gpus=2)) == []
+    assert devices.problems(Launch(num_gpus=8)) == [
+        "launch.num_gpus: is 8, but this machine has 2 × NVIDIA T4; set launch.num_gpus=2"
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert devices.problems(Launch(num_gpus=2)) == [
+        "launch.num_gpus: is 2, but CUDA_VISIBLE_DEVICES=1 shows 1 of 2 × NVIDIA T4; set launch.num_gpus=1, or let "
+        "this variable name more"
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices.problems(Launch(num_gpus=2)) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0,MIG-1")
+    machine("NVIDIA A30 MIG 1g.6gb", "NVIDIA A30 MIG 1g.6gb", ids="MIG")
+    assert devices.problems(Launch(num_gpus=2)) == [
+        "launch.num_gpus: is 2, but a MIG device (NVIDIA A30 MIG 1g.6gb) runs one rank; set launch.num_gpus=1"
+    ]
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_variables_of_launchers_that_hold_no_number(here, monkeypatch, name):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert devices.outer_ranks() == 2
+    monkeypatch.setenv(name, " ")
+    assert devices.outer_ranks() is None
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(LaunchError, match=f"^{name}: is 'two', not a number; unset this variable"):
+        devices.outer_ranks()
+
+
+def test_a_rank_beyond_the_world(here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(LaunchError, match="^RANK: is 3, but WORLD_SIZE is 1; "):
+        devices.outer_ranks()
 
 
 def test_one_host_of_many(here):
@@ -77,19 +165,7 @@ def test_more_hosts_than_the_file_names(here):
 
 
 def test_host_settings_without_hosts(here):
-    assert devices.problems(Launch(node_rank=0, num_nodes=2)) == [
+    assert devices.problems(devices.resolved(Launch(node_rank=0, num_nodes=2))) == [
         "launch.node_rank: needs launch.hostfile; add it or remove node_rank",
         "launch.num_nodes: needs launch.hostfile; add it or remove num_nodes",
     ]
-
-
-@pytest.mark.parametrize(("visible", "seen"), [(None, 4), ("0,1", 2), ("", 0), ("-1", 0), ("0,1,2,3,4,5", 4)])
-def test_gpus_that_may_be_used(monkeypatch, tmp_path, visible, seen):
-    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    monkeypatch.setattr(devices, "Path", lambda _: tmp_path)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert devices.gpus() == seen

@@ -55,7 +55,7 @@ def test_one_backbone_trains_two_adapters(here):
 
 @pytest.mark.parametrize(("gpus", "dtype", "width"), [(0, "bfloat16", 4), (1, "float32", 2)])
 def test_reward_models_are_planned_in_the_type_that_they_score_in(here, monkeypatch, gpus, dtype, width):
-    monkeypatch.setattr(devices, "machine", lambda: Machine(gpu=gpus > 0, bf16=gpus > 0))
+    monkeypatch.setattr(devices, "machine", lambda launch: Machine(gpu=gpus > 0, bf16=gpus > 0))
     recipe = load("rloo", ["recipe=hh", *ZERO, "lora=r16", f"model.dtype={dtype}"])[1]
     parts = {part.name: part.bytes for part in footprint(recipe, 1, 1)[1]}
     assert parts["reward"] == pytest.approx(width * P)

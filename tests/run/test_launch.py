@@ -1,12 +1,18 @@
 """How ranks are started, and how a process finds out that it is one."""
 
+import json
 import os
+import subprocess
+from pathlib import Path
 
+import machines
 import pytest
 
+from align_cli import driver
+from align_cli.errors import LaunchError
 from align_cli.recipe.sections import Launch
 from align_cli.run import launch
-from align_cli.run.environment import quiet
+from align_cli.run.environment import of_ranks, quiet
 
 
 def words(here, **settings):
@@ -25,12 +31,19 @@ def test_local_ranks_get_a_free_port(here):
 
 
 def test_several_hosts_over_ssh(here):
-    line = words(here, hostfile="hosts", num_nodes=2, num_gpus=4, master_addr="a", master_port=5)
+    line = words(here, hostfile="hosts", num_nodes=2, master_addr="a", master_port=5)
     assert value(line, "--hostfile") == "hosts" and value(line, "--num_nodes") == "2"
-    assert value(line, "--num_gpus") == "4" and value(line, "--master_addr") == "a"
-    assert value(line, "--master_port") == "5" and "--no_ssh" not in line
+    assert value(line, "--master_addr") == "a" and value(line, "--master_port") == "5" and "--no_ssh" not in line
     line = words(here, hostfile="hosts")
-    assert value(line, "--master_port") == "29500" and "--num_gpus" not in line and "--num_nodes" not in line
+    assert value(line, "--master_port") == "29500" and "--num_nodes" not in line and "--include" not in line
+
+
+def test_fewer_ranks_than_slots_on_each_host(here):
+    (here / "hosts").write_text("a slots=4\nb slots=2\nc slots=8\n")
+    line = words(here, hostfile="hosts", num_nodes=2, num_gpus=3)
+    assert value(line, "--include") == "a:0,1,2@b:0,1"
+    assert not {"--num_gpus", "--num_nodes"} & set(line), "the launcher takes them only without --include"
+    assert value(words(here, hostfile="hosts", num_gpus=1), "--include") == "a:0@b:0@c:0"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -56,7 +69,10 @@ def test_alone_unless_told(environment):
     assert not launch.called_by_launcher(), "a world size that somebody exported makes no rank"
     environment["RANK"] = "3"
     assert launch.called_by_launcher()
-    environment["WORLD_SIZE"] = "1"
+    assert environment["LOCAL_RANK"] == "0", "libraries take a process without LOCAL_RANK for the only one"
+    environment |= {"WORLD_SIZE": "1", "RANK": "0"}
+    assert not launch.called_by_launcher()
+    environment |= {"WORLD_SIZE": "", "SLURM_STEP_NUM_TASKS": "", "SLURM_PROCID": ""}
     assert not launch.called_by_launcher()
 
 
@@ -95,6 +111,16 @@ def test_ranks_that_torchrun_made_under_slurm_are_torchruns(environment):
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "8")
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"])
+def test_what_slurm_counts_is_a_number(environment, name):
+    environment.update(SLURM | {name: "4(x2)"})
+    with pytest.raises(LaunchError, match=rf"^{name}: is '4\(x2\)', not a number"):
+        launch.adopt_slurm()
+    environment[name] = ""
+    launch.adopt_slurm()
+    assert ("RANK" in environment) == (name in ("SLURM_LOCALID", "SLURM_JOB_ID"))
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
@@ -117,3 +143,96 @@ def test_libraries_are_told_to_be_quiet_but_not_overruled(environment):
     environment.pop("HF_HUB_DISABLE_TELEMETRY", None)
     quiet()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info" and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.parametrize("exported", [{"WORLD_SIZE": "4"}, {"RANK": "3"}, {"LOCAL_RANK": "1"}, {"WORLD_SIZE": ""}])
+def test_what_does_not_make_a_rank_is_not_left_for_libraries(environment, exported):
+    environment.update(exported)
+    quiet()
+    assert not set(exported) & set(os.environ)
+    environment.update({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"})
+    quiet()
+    assert (os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("4", "3", "3")
+
+
+# --- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four(environment, monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        environment.pop(name, None)
+    gpus = tuple(driver.Gpu(at, "NVIDIA H100", 80 << 30, f"GPU-{at}", (9, 0)) for at in range(4))
+    monkeypatch.setattr(driver, "present", lambda: gpus)
+    return environment
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "slots"),
+    [(None, 2, "0,1"), ("2,3", 2, "2,3"), ("3,1", 1, "3"), ("GPU-3,GPU-0", 2, "3,0"), ("1,2,3", 3, "1,2,3")],
+)
+def test_ranks_get_the_gpus_that_are_visible_here(four, here, visible, count, slots):
+    if visible is not None:
+        four["CUDA_VISIBLE_DEVICES"] = visible
+    line = words(here, num_gpus=count)
+    assert value(line, "--include") == f"localhost:{slots}" and "--num_gpus" not in line
+    # the launcher says that it ignores this variable, and counts the GPUs that it sees
+    assert "CUDA_VISIBLE_DEVICES" not in of_ranks(Launch(num_gpus=count))
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_ranks_on_the_cpu_beside_hidden_gpus(four, here, hidden):
+    four["CUDA_VISIBLE_DEVICES"] = hidden
+    quiet()
+    assert value(words(here, num_gpus=2), "--num_gpus") == "2"
+    assert four["DS_ACCELERATOR"] == "cpu"
+    # what a rank gets from the launcher, and makes of it
+    four["CUDA_VISIBLE_DEVICES"] = "0,1"
+    quiet()
+    assert (four["CUDA_VISIBLE_DEVICES"], four["HIP_VISIBLE_DEVICES"]) == ("", "-1")
+
+
+def test_rocm_counts_from_the_first_visible_gpu(four, here, monkeypatch):
+    gpus = tuple(driver.Gpu(at, "AMD gfx942", 192 << 30, f"GPU-{at}", gfx=90402) for at in range(4))
+    monkeypatch.setattr(driver, "present", lambda: gpus)
+    four["CUDA_VISIBLE_DEVICES"] = "1,3"
+    assert value(words(here, num_gpus=2), "--include") == "localhost:0,1"
+    variables = of_ranks(Launch(num_gpus=2))
+    # the launcher sets CUDA_VISIBLE_DEVICES=0,1 for ranks, and HIP's own variable counts before it
+    assert variables["HIP_VISIBLE_DEVICES"] == "1,3" and "CUDA_VISIBLE_DEVICES" not in variables
+
+
+RANK = """
+import json, os, pathlib, sys
+sys.path.insert(0, "machine")
+from align_cli import driver
+from align_cli.run import environment
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+given = {name: os.environ.get(name) for name in names}
+assert len(driver.present()) == 4
+environment.quiet()
+kept = {name: os.environ.get(name) for name in names}
+pathlib.Path(f"rank{given['RANK']}.json").write_text(json.dumps([given, kept, sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("accelerators", ["4", None])
+def test_what_the_launcher_gives_to_ranks(four, here, monkeypatch, accelerators):
+    """DeepSpeed's launcher itself, which on this machine counts CPUs as accelerators."""
+    (here / "rank.py").write_text(RANK)
+    machines.torch_of(machines.nvidia(here / "machine", [machines.gpu(at) for at in range(4)]), "cuda")
+    four["CUDA_VISIBLE_DEVICES"] = "2,3" if accelerators else ""
+    quiet()
+    line = ["rank" if word == "align_cli.run.worker" else word for word in words(here, num_gpus=2)]
+    variables = of_ranks(Launch(num_gpus=2)) | {"DS_ACCELERATOR": "cpu"}
+    variables |= {"LOCAL_SIZE": accelerators} if accelerators else {}
+    variables["PYTHONPATH"] = f"{here}:{Path(driver.__file__).parents[1]}"
+    done = subprocess.run(line, env=variables, cwd=here, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and "ignoring" not in done.stdout, done.stdout + done.stderr
+    ranks = [json.loads((here / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [given["LOCAL_RANK"] for given, *_ in ranks] == ["0", "1"]
+    assert {given["WORLD_SIZE"] for given, *_ in ranks} == {"2"}
+    shown = "2,3" if accelerators else "0,1"
+    assert [given["CUDA_VISIBLE_DEVICES"] for given, *_ in ranks] == [shown] * 2, "it sets this for CPU ranks, too"
+    assert {(kept["CUDA_VISIBLE_DEVICES"], kept["HIP_VISIBLE_DEVICES"]) for _, kept, _ in ranks} == {("", "-1")}
+    assert [argv for *_, argv in ranks] == [["dpo", str(here)]] * 2

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from align_cli import driver
 from align_cli.errors import AlignError
 from align_cli.run import preflight
 
@@ -112,7 +113,7 @@ def bytes_of(*words, **kwargs):
 
 
 def test_memory_follows_the_recipe(project, monkeypatch):
-    monkeypatch.setattr(preflight.devices, "gpus", lambda: 0)
+    monkeypatch.setattr(driver, "present", tuple)
     million = 1_000_000
     assert bytes_of() == {
         "weights": 4 * million,
