@@ -226,6 +226,7 @@ def merge(
     if destination.exists():
         raise AlignError(f"{destination}: exists already; remove it, or set --to to another directory")
     environment.quiet()
+    environment.one_gpu()
     from align_cli.model import lora
 
     lora.merge(run, destination)
@@ -242,6 +243,7 @@ def score(
     from align_cli.run import environment
 
     environment.quiet()
+    environment.one_gpu()
     from align_cli.evaluate import score as evaluate
 
     evaluate.run(run, settings or [], typer.echo)

@@ -99,6 +99,9 @@ def table(args: argparse.Namespace, found: dict[str, list[dict]]) -> None:
 
 def alone(python: str, way: str, folder: str, bf16: bool) -> str:
     """The last line that a variant prints when run in its own process."""
+    from align_cli.run.environment import one_gpu
+
+    one_gpu()
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if bf16:
         # `accelerate launch --mixed_precision bf16` sets this; needed because TRL's trainer builds its own Accelerator

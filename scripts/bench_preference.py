@@ -75,6 +75,7 @@ def measure(args: argparse.Namespace) -> dict:
     from align_cli.run import environment
 
     environment.quiet()
+    environment.one_gpu()
     import torch
     from datasets import Dataset
     from transformers import TrainingArguments

@@ -70,6 +70,7 @@ def measure(args: argparse.Namespace) -> dict:
     from align_cli.run import environment
 
     environment.quiet()
+    environment.one_gpu()
     import torch
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer

@@ -72,6 +72,7 @@ def show_scores(console: Console, prompts: list[str], stages: dict[str, list[str
     from align_cli.run import environment
 
     environment.quiet()
+    environment.one_gpu()
     with tempfile.TemporaryDirectory() as folder:
         asked, out = Path(folder) / "answers.jsonl", Path(folder) / "scores.jsonl"
         rows = [

@@ -32,6 +32,7 @@ def main() -> None:
     from align_cli.run import environment
 
     environment.quiet()
+    environment.one_gpu()
     from rich.console import Console
     from rich.table import Table
 
