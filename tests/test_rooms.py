@@ -14,7 +14,7 @@ from align_cli.recipe.stages import STAGES
 ROOT = Path(align_cli.__file__).parent
 LAYERS = (
     ("errors", "hardware", "driver"),
-    ("recipe", "compat", "distributed", "signals", "hub"),
+    ("recipe", "compat", "distributed", "signals", "hub", "locks"),
     ("data", "model", "cpu"),
     ("generation", "training"),
     ("rewards",),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align_cli import locks
 from align_cli.compat import libraries
 from align_cli.recipe.sections import Zero
 
@@ -54,7 +54,7 @@ def build_operators() -> None:
     """Build or load DeepSpeed's communication operator for CPU ranks, one process at a time.
 
     torch guards the build with a lock file that does not name its owner. If a killed process leaves one behind, every
-    later run waits forever. The kernel releases our flock on exit, so a remaining torch lock file is stale.
+    later run waits forever. Ours ends with its process, so a torch lock file that remains is stale.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops import __compatible_ops__
@@ -63,8 +63,7 @@ def build_operators() -> None:
     if libraries.deepspeed_accelerator() != "cpu" or builder is None or not __compatible_ops__.get(builder.NAME, False):
         return
     folder = libraries.extension_folder(builder.name)
-    with (folder / ".align-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locks.waiting(folder / ".align-lock"):
         (folder / "lock").unlink(missing_ok=True)
         # later loads in this process reuse it
         builder.load(verbose=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
+from align_cli import locks
 from align_cli.errors import LaunchError
 
 COMPLETE = "complete"
@@ -28,7 +29,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self._lock: TextIO | None = None
+        self._lock: locks.Lock | None = None
 
     def state(self) -> State:
         """Whether the directory holds a finished run, an unfinished run, nothing, or something that is not a run."""
@@ -78,45 +79,38 @@ class RunDirectory:
                 folder.rmdir()
 
     def lock(self) -> None:
-        """Lock the directory until `unlock` or process exit. Raises LaunchError if another process holds the lock."""
-        if self._lock is not None:
-            return
-        while True:
+        """Lock the directory until `unlock` or process exit.
+
+        Raises LaunchError if another process holds the lock, or if the directory cannot be locked.
+        """
+        while self._lock is None:
             self.path.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = (self.path / ".lock").open("a+")
-            except FileNotFoundError:  # another process has just renamed or removed it
-                continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                other = lock.read().strip() or "unknown"
-                lock.close()
-                raise LaunchError(
-                    f"{self.path}: another align (process {other}) is using it; wait for it, stop it, or set run_dir=…"
-                ) from None
-            if _is_at(lock, self.path / ".lock"):
-                break
-            lock.close()
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        self._lock = lock
+            # FileNotFoundError: another process has just renamed or removed the directory
+            with contextlib.suppress(FileNotFoundError):
+                self._lock = self._locked()
+
+    def _locked(self) -> locks.Lock:
+        try:
+            return locks.take(self.path / ".lock")
+        except locks.Taken as taken:
+            remedy = f"; if it has ended, remove {taken.remove}" if taken.remove else ""
+            raise LaunchError(
+                f"{self.path}: another align ({taken.owner}) is using it; wait for it, stop it, or set run_dir=…"
+                f"{remedy}"
+            ) from None
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise LaunchError(
+                f"{self.path}: cannot be locked ({error.strerror}); correct the directory's permissions or its file "
+                "system, or set run_dir=…"
+            ) from None
 
     def unlock(self) -> None:
         """Release the lock."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
-
-
-def _is_at(opened: TextIO, file: Path) -> bool:
-    """Whether an open file is still the one at its path."""
-    try:
-        return os.path.samestat(os.fstat(opened.fileno()), file.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _status(manifest: Path) -> str | None:

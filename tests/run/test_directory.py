@@ -2,14 +2,15 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 from project import locked
 
+from align_cli import locks
 from align_cli.errors import LaunchError
-from align_cli.run import directory
 from align_cli.run.directory import COMPLETE, RunDirectory, trim_metrics, write_atomically
 
 
@@ -94,7 +95,7 @@ def test_the_lock_names_its_process_and_goes_with_it(run):
     holder.kill()
     holder.communicate()
     with locked(run):
-        assert (run.path / ".lock").read_text() == str(os.getpid())
+        assert (run.path / ".lock").read_text() == f"{socket.gethostname()}:{os.getpid()}"
     with locked(run):
         pass
 
@@ -107,9 +108,9 @@ def test_a_lock_in_a_directory_that_was_moved_while_it_was_taken_is_none(run, mo
             run.path.rename(run.path.with_name("moved"))  # by the process that has just released it
         taken.append(lock.name)
 
-    monkeypatch.setattr(directory.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     with locked(run):
-        assert len(taken) == 2 and (run.path / ".lock").read_text() == str(os.getpid())
+        assert len(taken) == 2 and (run.path / ".lock").read_text().endswith(f":{os.getpid()}")
     assert (run.path.with_name("moved") / ".lock").read_text() == ""
 
 
