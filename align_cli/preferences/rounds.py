@@ -126,6 +126,7 @@ class Rounds(ABC, Generic[LoopRecipe]):
         """Run one round. Returns its manifest; None if it must not train."""
         started, part = manifest.now(), self._part(number, run, start)
         self._write_recipe(part)
+        parents = self._parents(part, start) if part.main else []
         sampled = self.sample(part, number)
         if sampled is None:
             return None
@@ -139,17 +140,12 @@ class Rounds(ABC, Generic[LoopRecipe]):
             raise Stopped(outcome.stopped_by)
         made = None
         if self.job.main:
-            rewards = [source for _, source in part.recipe.reward_sources()]
             made = manifest.write(
                 run,
                 stage=part.recipe.stage,
                 name=f"{self.job.recipe.name}, {run.path.name}",
                 seed=part.recipe.seed,
-                parents=[
-                    manifest.parent("policy", start),
-                    *(manifest.parent("reward", one.path) for one in rewards if one.path),
-                    *(manifest.parent("judge", one.judge.path) for one in rewards if one.judge and one.judge.path),
-                ],
+                parents=parents,
                 data=[sampled.count.as_manifest()],
                 metrics=outcome.metrics,
                 world_size=part.ranks,
@@ -158,6 +154,14 @@ class Rounds(ABC, Generic[LoopRecipe]):
                 extra={"precision": part.precision_entry(), "sampled": sampled.figures} | sampled.extra,
             )
         return distributed.broadcast(made)
+
+    def _parents(self, part: Job[LoopRecipe], start: str) -> list[dict[str, Any]]:
+        """The manifest's entries for the models that the round uses, hashed before it reads them."""
+        rewards = [source for _, source in part.recipe.reward_sources()]
+        models = [("policy", start), *(("reward", one.path) for one in rewards if one.path)]
+        models += [("judge", one.judge.path) for one in rewards if one.judge and one.judge.path]
+        entries = {"parents": [manifest.parent(role, path) for role, path in models], "code": []}
+        return manifest.keep_inputs(part.run, entries)["parents"]
 
     def _part(self, number: int, run: RunDirectory, start: str) -> Job[LoopRecipe]:
         """The job of one round."""
@@ -172,7 +176,9 @@ class Rounds(ABC, Generic[LoopRecipe]):
                 base = str(run.path / "base")
                 if not Path(base).is_dir():
                     lora.merge(start, Path(base), trust_remote_code=recipe.model.trust_remote_code)
-        return replace(self.job, recipe=recipe, run=run, base=distributed.broadcast(base))
+        base = distributed.broadcast(base)
+        fingerprint = kind.fingerprint(base) if recipe.lora and self.job.main else None
+        return replace(self.job, recipe=recipe, run=run, base=base, base_fingerprint=fingerprint)
 
     def _write_recipe(self, part: Job[LoopRecipe]) -> None:
         if not part.main:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +20,8 @@ from align_cli.run.directory import RunDirectory, write_atomically
 PACKAGES = ("align-cli", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
 LOOSE = ("force", "launch")
 """Recipe keys that do not affect the results."""
+INPUTS = ".inputs.json"
+"""File of an unfinished run with the manifest's entries of its inputs, as they were when it started."""
 
 
 def now() -> str:
@@ -46,6 +50,24 @@ def parent(role: str, path: str) -> dict[str, Any]:
     if manifest.is_file():
         return {"role": role, "path": path, "manifest_sha256": sha256(manifest)}
     return {"role": role, "path": path, "manifest_sha256": None, "fingerprint": kind.fingerprint(path)}
+
+
+def inputs(run: RunDirectory) -> dict[str, Any] | None:
+    """The manifest's entries `parents` and `code`, as they were when an unfinished run started; None if it has not
+    begun (`RunDirectory.begun`), so that nothing rests on them."""
+    try:
+        return json.loads((run.path / INPUTS).read_text(encoding="utf-8")) if run.begun() else None
+    except (OSError, ValueError):
+        return None
+
+
+def keep_inputs(run: RunDirectory, entries: dict[str, Any]) -> dict[str, Any]:
+    """Record the inputs of a run before it reads them, since they may be made anew while it trains. Returns the entries
+    of the manifest: those of its first start if the run is resumed."""
+    if (kept := inputs(run)) is not None:
+        return kept
+    write_atomically(run.path / INPUTS, json.dumps(entries, indent=2) + "\n")
+    return entries
 
 
 def run_of(file: str) -> str | None:
@@ -83,7 +105,8 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> 
 
 
 def missing_files(run: RunDirectory, manifest: dict[str, Any]) -> list[str]:
-    """A line for every file of a finished run that is missing or has another size."""
+    """A line for every file of a finished run that is missing or has another size. Manifests of earlier versions list
+    no files of subdirectories."""
     lines = []
     for name, entry in manifest.get("files", {}).items():
         file = run.path / name
@@ -108,9 +131,8 @@ def write(
 ) -> dict[str, Any]:
     """Write the manifest atomically, as the last file: a run with a manifest is finished. Returns it."""
     files = {
-        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
-        for file in sorted(run.path.iterdir())
-        if file.is_file() and not file.name.startswith(".") and file != run.manifest
+        file.relative_to(run.path).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(_results(run))
     }
     manifest = {
         "stage": stage,
@@ -130,7 +152,23 @@ def write(
         **(extra or {}),
     }
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    (run.path / INPUTS).unlink(missing_ok=True)
     return manifest
+
+
+def _results(run: RunDirectory) -> Iterator[Path]:
+    """The run's files, and those of its subdirectories: a value function, the merged base of an adapter. Checkpoints
+    and hidden files only serve to resume; a round of a loop has a manifest of its own."""
+    for folder, folders, names in os.walk(run.path):
+        here = Path(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and here / name != run.checkpoints
+            and not (here / name / "recipe.yaml").is_file()
+        ]
+        yield from (here / name for name in names if not name.startswith(".") and here / name != run.manifest)
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from align_cli.compat import chat_date
 from align_cli.constitutional import plan as constitutional
@@ -262,6 +263,15 @@ def date_of(plan: Plan) -> str | None:
     return chat_date.today() if source is None or chat_date.writes_date(source) else None
 
 
+def changed_inputs(made: dict[str, Any]) -> list[str]:
+    """A line for every parent and Python reward function of a manifest that is missing or has changed."""
+    return manifest.changed_parents(made) + [
+        f"{entry['entry']} has changed since"
+        for entry in made.get("code", [])
+        if function.fingerprint(entry["entry"])["sha256"] != entry["sha256"]
+    ]
+
+
 def unchanged(plan: Plan) -> tuple[bool, list[str]]:
     """Whether the existing run matches this recipe, and the differences if it does not."""
     import yaml
@@ -281,12 +291,7 @@ def unchanged(plan: Plan) -> tuple[bool, list[str]]:
         old["data"].setdefault("date", None)
     differs = manifest.differing_keys(old, tree)
     if made:
-        differs += manifest.missing_files(run, made) + manifest.changed_parents(made)
-        differs += [
-            f"{entry['entry']} has changed since"
-            for entry in made.get("code", [])
-            if function.fingerprint(entry["entry"])["sha256"] != entry["sha256"]
-        ]
+        differs += manifest.missing_files(run, made) + changed_inputs(made)
         today = {count.source: count.fingerprint for count in plan.counts}
         for entry in made.get("data", []):
             if entry["source"] in today and entry["fingerprint"] != today[entry["source"]]:

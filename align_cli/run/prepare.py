@@ -9,7 +9,7 @@ import yaml
 
 from align_cli.errors import LaunchError, UpstreamError
 from align_cli.recipe.check import to_tree
-from align_cli.run import preflight
+from align_cli.run import manifest, preflight
 from align_cli.run.directory import RunDirectory, write_atomically
 from align_cli.run.preflight import Plan
 
@@ -20,7 +20,8 @@ def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
     """Lock the run directory and write recipe.yaml into it; returns None if it holds a finished, unchanged run.
 
     A finished run of another recipe is renamed, never overwritten. Raises UpstreamError for an unfinished run of
-    another recipe, whose checkpoints this one must not continue, and LaunchError if another process uses it.
+    another recipe or of parents that have changed, whose checkpoints this one must not continue, and LaunchError if
+    another process uses it.
     """
     run = RunDirectory(plan.recipe.run_dir)
     again = f"align {plan.composed.stage} recipe={run.recipe}"
@@ -33,6 +34,11 @@ def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
             raise UpstreamError(
                 f"{run.path}: holds an unfinished run of another recipe ({_shortened(differs)}); finish it with "
                 f"`{again}`, or start over with force=true"
+            )
+        inputs = manifest.inputs(run) if plan.state == "unfinished" and not plan.recipe.force else None
+        if inputs and (changed := preflight.changed_inputs(inputs)):
+            raise UpstreamError(
+                f"{run.path}: is unfinished, and its {_shortened(changed)}; restore it, or start over with force=true"
             )
     run.lock()
     if run.state() != plan.state:

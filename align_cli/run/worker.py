@@ -100,7 +100,10 @@ def _stage(stage: str, path: str, text: str) -> int:
         cache=prepare.CACHE,
         base=recipe.model.path,
     )
+    inputs = _inputs(job) if rank == 0 else {}
     _merge_adapter_parents(job)
+    if recipe.lora and rank == 0:
+        job.base_fingerprint = kind.fingerprint(job.base)
     outcome = importlib.import_module(f"align_cli.stages.{stage}").run(job)
     if outcome.stopped_by is not None:
         job.say(f"stopped; {path} resumes with the same command")
@@ -114,7 +117,7 @@ def _stage(stage: str, path: str, text: str) -> int:
             stage=stage,
             name=recipe.name,
             seed=recipe.seed,
-            parents=_parents(recipe) + outcome.parents,
+            parents=inputs["parents"] + outcome.parents,
             data=[count.as_manifest() for count in outcome.counts],
             metrics=outcome.metrics,
             world_size=ranks,
@@ -123,7 +126,7 @@ def _stage(stage: str, path: str, text: str) -> int:
             extra={
                 "precision": job.precision_entry(),
                 **outcome.extra,
-                **_code(recipe),
+                **({"code": code} if (code := inputs["code"]) else {}),
                 **({"template_date": date} if (date := recipe.data.date) else {}),
             },
         )
@@ -162,6 +165,17 @@ def _merged_parents(job: Job) -> list[Path]:
     return [job.run.path / role for role in ("base", "reference") if str(job.run.path / role) not in needed]
 
 
+def _inputs(job: Job) -> dict[str, Any]:
+    """The manifest's entries for parents and for Python reward functions, hashed before the run reads them."""
+    code = [function.fingerprint(entry) for _, entry in job.recipe.reward_functions()]
+    entries = {"parents": _parents(job.recipe), "code": code}
+    if manifest.inputs(job.run) is None:
+        # merged by an attempt that ended before it began, perhaps from another adapter
+        for role in ("base", "reference"):
+            shutil.rmtree(job.run.path / role, ignore_errors=True)
+    return manifest.keep_inputs(job.run, entries)
+
+
 def _parents(recipe: Recipe) -> list[dict[str, Any]]:
     """The manifest's entries for all models and runs that this run used."""
     models = [("policy", recipe.model.path)]
@@ -177,12 +191,6 @@ def _parents(recipe: Recipe) -> list[dict[str, Any]]:
     if rows and (run := manifest.run_of(f"{rows}/answers.jsonl")):
         runs[run] = None
     return [manifest.parent(role, path) for role, path in [*models, *(("data", run) for run in runs)]]
-
-
-def _code(recipe: Recipe) -> dict[str, Any]:
-    """The manifest's entry for Python reward functions, with the hashes of their files."""
-    entries = [function.fingerprint(entry) for _, entry in recipe.reward_functions()]
-    return {"code": entries} if entries else {}
 
 
 def _end_with_parent() -> None:

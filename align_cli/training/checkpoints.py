@@ -95,12 +95,12 @@ def save(
 
 
 def _name_base(job: Job) -> None:
-    """Record the adapter's base: the path it was read from and the fingerprint of its weights."""
+    """Record the adapter's base: the path it was read from, and the fingerprint that its weights had then."""
     file = job.run.path / "adapter_config.json"
     config = json.loads(file.read_text())
     config["base_model_name_or_path"] = job.base
     write_atomically(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    entry = {"path": job.base, "fingerprint": kind.fingerprint(job.base)}
+    entry = {"path": job.base, "fingerprint": job.base_fingerprint}
     write_atomically(job.run.path / "base.json", json.dumps(entry, indent=2) + "\n")
 
 

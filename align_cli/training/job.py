@@ -34,6 +34,8 @@ class Job(Generic[AnyRecipe]):
     """Cache directory shared by all runs; holds the reference's log-probabilities."""
     base: str
     """Where the policy's weights are read from: the recipe's path, or the merged model of an adapter parent."""
+    base_fingerprint: str | None = None
+    """Of the weights at `base` when an adapter's run started; rank 0 has it."""
     reference: str | None = None
     """Where the weights of a separate reference are read from; None if the reference is the initial policy."""
 

@@ -55,6 +55,33 @@ def test_hashes_are_those_of_the_files(run):
     }
 
 
+def test_files_of_subdirectories_count_but_for_checkpoints_hidden_ones_and_runs_of_their_own(run):
+    for name in ("value/model.safetensors", "base/a/b.json", "checkpoints/checkpoint-1/x", ".cache/x", "value/.part"):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_bytes(b"x")
+    for name in ("recipe.yaml", "manifest.json", "model.safetensors"):
+        (run.path / "round-1").mkdir(exist_ok=True)
+        (run.path / "round-1" / name).write_text("{}")
+    made = write(run)
+    assert set(made["files"]) == {"recipe.yaml", "model.safetensors", "value/model.safetensors", "base/a/b.json"}
+    assert made["files"]["value/model.safetensors"] == {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}
+    assert manifest.missing_files(run, made) == []
+    (run.path / "value/model.safetensors").unlink()
+    assert manifest.missing_files(run, made) == ["value/model.safetensors is gone or was changed"]
+
+
+def test_inputs_are_those_of_the_start_once_the_run_has_begun(run):
+    run.checkpoints.rmdir()
+    assert manifest.inputs(run) is None
+    # an attempt that ended before anything rests on its inputs does not bind the next one
+    assert manifest.keep_inputs(run, {"parents": [1]}) == {"parents": [1]}
+    assert manifest.keep_inputs(run, {"parents": [2]}) == {"parents": [2]}
+    run.checkpoints.mkdir()
+    assert manifest.keep_inputs(run, {"parents": [3]}) == {"parents": [2]} == manifest.inputs(run)
+    write(run)
+    assert manifest.inputs(run) is None and not list(run.path.glob(".inputs*"))
+
+
 def test_what_cannot_be_read_is_none(here):
     assert manifest.read("nowhere") is None
     Path("manifest.json").write_text('{"stage": ')

@@ -90,6 +90,18 @@ def test_the_manifest_names_its_parents(run):
     assert roles == {"policy": "models/tiny", "reward": "runs/t/rm"}
 
 
+def test_the_value_function_is_one_of_the_runs_files(run, folder, monkeypatch):
+    from align_cli.run.directory import RunDirectory
+    from align_cli.run.manifest import missing_files
+
+    stage, path, _ = run
+    files = project.manifest(path)["files"]
+    assert ("value/model.safetensors" in files) == (stage == "ppo")
+    if stage == "ppo":
+        monkeypatch.setitem(files, "value/other.safetensors", files["value/model.safetensors"])
+        assert missing_files(RunDirectory(path), {"files": files}) == ["value/other.safetensors is gone or was changed"]
+
+
 SLOW = pytest.mark.slow
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import project
 import pytest
+import tiny
 import torch
 from project import align, losses, manifest, metrics, ok, start, weights
 
@@ -94,6 +96,31 @@ def wait_for_step(run, step, process):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.005)
     raise AssertionError("no progress")
+
+
+def test_a_parent_that_is_made_anew_while_a_run_trains_is_recorded_as_it_was_read(home):
+    from align_cli.run.manifest import parent
+
+    shutil.copytree(home / "models/tiny", home / "models/anew")
+    words = ("sft", "recipe=t", "run_dir=runs/anew/sft", "model.path=models/anew", *LONG, "trainer.max_steps=24")
+    run, read = home / "runs/anew/sft", parent("policy", str(home / "models/anew"))["fingerprint"]
+    process = start(*words, cwd=home)
+    wait_for_step(run, 2, process)
+    tiny.model(home / "models/anew", seed=1)
+    assert process.wait(timeout=900) == 0
+    (entry,) = manifest(run)["parents"]
+    assert entry["fingerprint"] == read != parent("policy", str(home / "models/anew"))["fingerprint"]
+    said = ok(*words, cwd=home)
+    assert "running again (policy models/anew has changed since)" in said
+
+    # and while it lies there half-finished
+    shutil.rmtree(run)
+    project.kill_after_a_checkpoint(*words, run=run, cwd=home)
+    tiny.model(home / "models/anew", seed=2)
+    done = align(*words, cwd=home)
+    assert done.returncode == 2 and "is unfinished, and its policy models/anew has changed since" in done.stderr
+    tiny.model(home / "models/anew", seed=1)
+    assert "resuming from step" in ok(*words, cwd=home)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
