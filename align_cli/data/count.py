@@ -23,6 +23,8 @@ class Count:
     """Its key in the recipe, e.g. `data.train[0]`."""
     split: str = "train"
     """The source's split; only hub ids, directories and globs have splits."""
+    part: dict[str, str] = field(default_factory=dict)
+    """Those of `subset`, `data_dir` and `revision` that the source sets."""
     rows_read: int = 0
     rows_used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -73,7 +75,12 @@ class Count:
         kept = {key: getattr(self, key) for key in ("source", "rows_read", "rows_used", "dropped", "fingerprint")}
         if self.shared:
             kept |= {"key": self.key, "split": self.split}
-        return kept | {"format": self.format} | ({"repeated_responses": self.repeated} if self.repeated else {})
+        return (
+            kept
+            | self.part
+            | {"format": self.format}
+            | ({"repeated_responses": self.repeated} if self.repeated else {})
+        )
 
     def drop(self, place: str, dropped: Dropped) -> None:
         """Count a row that is not used."""

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -69,6 +69,8 @@ def files(source: Source) -> list[Path]:
 
 def find(source: Source) -> Found:
     """The files of a local source, sorted, or the problem that keeps them from being read."""
+    if problem := _only_for_hub_ids(source):
+        return Found(problem=f"{source.path}: {problem}")
     path = Path(os.path.expanduser(source.path))
     try:
         mode = path.stat().st_mode
@@ -82,6 +84,8 @@ def find(source: Source) -> Found:
         return Found(problem=f"{source.path}: cannot be read ({error.strerror}); correct the path or its permissions")
     if stat.S_ISDIR(mode):
         return _shards(source, path)
+    if source.data_dir is not None:
+        return Found(problem=f"{source.path}: is not a directory, so it has no data_dir; remove data_dir")
     if not stat.S_ISREG(mode):
         return Found(problem=f"{source.path}: is a pipe or a device, but rows are read twice; save them to a file")
     problem = "" if kind(path) in READABLE else f"{source.path}: {unreadable(path)}"
@@ -124,6 +128,12 @@ def _shards(source: Source, path: Path) -> Found:
         return Found(sorted(file for file in path.rglob("*") if file.is_file()), path, saved=True)
     if (path / "refs" / "main").is_file():  # a hub cache, which holds one snapshot per revision
         path = path / "snapshots" / (path / "refs" / "main").read_text().strip()
+    if source.data_dir is not None:
+        path = path / source.data_dir
+        if not path.is_dir():
+            has = ", ".join(sorted(entry.name for entry in path.parent.glob("*/"))) or "no directories"
+            return Found(problem=f"{source.path}: no directory '{source.data_dir}' (has {has}); correct data_dir")
+        return _shards(replace(source, data_dir=None), path)
     seen = sorted(_walked(path))
     rows = [file for file in seen if kind(file) in READABLE and file.name not in NO_ROWS]
     if rows and all((path / name).is_file() for name in ("recipe.yaml", "manifest.json")):
@@ -133,6 +143,20 @@ def _shards(source: Source, path: Path) -> Found:
         has = f"has {_some([file.relative_to(path) for file in seen])}" if seen else "is empty"
         return Found(problem=f"{source.path}: the directory has no data file ({has}); {_name_one()}")
     return _of_split(source, path, rows)
+
+
+def _only_for_hub_ids(source: Source) -> str:
+    """Why a local source cannot have the settings it has; the empty string if it can."""
+    if source.subset is not None:
+        return f"subset '{source.subset}' is for hub ids; name the subset's folder with data_dir, or its files"
+    if source.revision is not None:
+        return f"revision '{source.revision}' is for hub ids; remove it"
+    if source.data_dir is not None:
+        if glob.has_magic(source.path) and not os.path.exists(os.path.expanduser(source.path)):
+            return "is a glob, so it has no data_dir; write the folder into the glob"
+        if os.path.isabs(source.data_dir) or ".." in Path(source.data_dir).parts:
+            return f"data_dir '{source.data_dir}' leads out of it; name a folder below it"
+    return ""
 
 
 def _of_split(source: Source, root: Path, rows: list[Path]) -> Found:
@@ -216,13 +240,14 @@ def _missing(path: str, finding: str = "no such file") -> str:
 
 def fingerprint(source: Source) -> str:
     """sha256 of a file's bytes, or of the names and bytes of all files of a directory or a glob;
-    `hub:<id>@<revision>:<split>` for a hub id.
+    `hub:<id>@<revision>:<split>` for a hub id, followed by its subset and data_dir if it has any.
 
-    The revision is the one in the local hub cache, or `unknown`; the network is not used. Raises DataError for a
+    The revision is the commit in the local hub cache, or `unknown`; the network is not used. Raises DataError for a
     missing or unreadable file.
     """
     if not is_local(source):
-        return f"hub:{source.path}@{_cached_revision(source.path)}:{source.split}"
+        parts = [f"{key}={value}" for key in ("subset", "data_dir") if (value := getattr(source, key)) is not None]
+        return ":".join([f"hub:{source.path}@{_cached_revision(source)}", source.split, *parts])
     located = find(source)
     if not located.files:
         raise DataError(located.problem)
@@ -240,8 +265,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cached_revision(hub_id: str) -> str:
+def _cached_revision(source: Source) -> str:
+    """The commit that a hub id's revision stands for in the local cache, or `unknown`."""
+    revision = source.revision or "main"
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    ref = Path(HF_HUB_CACHE, f"datasets--{hub_id.replace('/', '--')}", "refs", "main")
+    ref = Path(HF_HUB_CACHE, f"datasets--{source.path.replace('/', '--')}", "refs", revision)
     return ref.read_text().strip() if ref.is_file() else "unknown"

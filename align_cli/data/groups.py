@@ -36,6 +36,8 @@ from align_cli.recipe.stages import RowKind
 __all__ = ["Count", "Group", "Groups", "Message", "check_sources", "labelled", "preference_pairs"]
 __all__ += ["read_groups", "stream_eval", "stream_groups"]
 
+PARTS = ("subset", "data_dir", "revision")
+"""Settings that choose a part of a source, besides its split."""
 SAMPLE = 64
 """Number of first rows from which a format is recognised."""
 LINES = 20
@@ -267,7 +269,13 @@ def _counts(data: Data) -> list[Count]:
     sources = [("data.train", data.train), ("data.eval", _eval_sources(data))]
     paths = [source.path for _, listed in sources for source in listed]
     return [
-        Count(source.path, key=f"{key}[{at}]", split=source.split, shared=paths.count(source.path) > 1)
+        Count(
+            source.path,
+            key=f"{key}[{at}]",
+            split=source.split,
+            part={name: value for name in PARTS if (value := getattr(source, name)) is not None},
+            shared=paths.count(source.path) > 1,
+        )
         for key, listed in sources
         for at, source in enumerate(listed)
     ]

@@ -132,10 +132,13 @@ def _hub_rows(source: Source, report: Report, streaming: bool) -> Iterator[tuple
     from datasets import load_dataset
 
     try:
-        for number, row in enumerate(load_dataset(source.path, split=source.split, streaming=streaming), 1):
+        part = {"name": source.subset, "data_dir": source.data_dir, "revision": source.revision}
+        part = {key: value for key, value in part.items() if value is not None}
+        rows = load_dataset(source.path, split=source.split, streaming=streaming, **part)
+        for number, row in enumerate(rows, 1):
             yield f"{source.path}#{number}", row
     except Exception as error:  # network, hub, cache and builder errors are all for the user to correct
-        remedy = "check the id and the split, or name a local file (no local file has this name)"
+        remedy = "check the id, split, subset, data_dir and revision, or name a local file (none has this name)"
         report(f"{source.path}: cannot be loaded from the hub ({first_line(error)}); {remedy}")
 
 

@@ -67,6 +67,12 @@ class Source:
     directory of such files or one written by `save_to_disk`; or a hub id."""
     split: str = "train"
     """Split to read from a hub dataset or a `datasets` directory with several splits."""
+    subset: str | None = None
+    """Subset (configuration) of a hub dataset that has several, such as `main` of openai/gsm8k."""
+    data_dir: str | None = None
+    """Read only this folder of a hub dataset or a directory, such as `harmless-base` of Anthropic/hh-rlhf."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset. null: its main branch."""
     weight: Positive = 1.0
     """Fraction of the source's rows used per epoch: 0.5 uses a seeded half, 2 uses every row twice."""
     format: Literal[*COLUMNS] | None = None

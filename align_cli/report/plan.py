@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from align_cli import driver
+from align_cli.data.groups import PARTS
 from align_cli.model import kind, precision
 from align_cli.model.memory import GIB, Part
 from align_cli.preferences import plan as rounds
@@ -41,7 +42,7 @@ def show(plan: Plan, console: Console) -> None:
             for source in value:
                 pending = "  (not created yet)" if source.path in plan.pending else ""
                 weight = f" × {source.weight:g}" if source.weight != 1 else ""
-                rows.append((f"data.{key}", f"{source.path}{weight}{pending}"))
+                rows.append((f"data.{key}", f"{_named(source)}{weight}{pending}"))
         elif value is not None:
             rows.append((f"data.{key}", f"{value:.0%} of the prompts"))
     rows += [(key, source.described()) for key, source in recipe.generators()]
@@ -104,6 +105,12 @@ def _ranks(plan: Plan) -> str:
     return f"{ranks} on {driver.described(used)}"
 
 
+def _named(source: Source) -> str:
+    """A source's path, with the part of it that is read."""
+    parts = [f"{key} {value}" for key in PARTS if (value := getattr(source, key)) is not None]
+    return f"{source.path} ({', '.join(parts)})" if parts else source.path
+
+
 def _total(memory: list[Part]) -> str:
     parts = [f"{part.name} {'≈ ' if part.estimated else ''}{part.bytes / GIB:.2f}" for part in memory]
     return f"{sum(part.bytes for part in memory) / GIB:.1f} GiB per rank ({', '.join(parts)})"
@@ -118,7 +125,7 @@ def _plain(value: object) -> str:
     if isinstance(value, list):
         return "+".join(map(_plain, value))
     if isinstance(value, Source):
-        return value.path
+        return _named(value)
     if is_dataclass(value):
         return f"({_settings(value)})"
     if isinstance(value, bool):

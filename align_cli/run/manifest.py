@@ -99,9 +99,16 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> 
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             keys += differing_keys(before, after, f"{path}{key}.")
-        elif before != after:
+        elif _given(before) != _given(after):
             keys.append(f"{path}{key} {json.dumps(before)} → {json.dumps(after)}")
     return keys
+
+
+def _given(value: Any) -> Any:
+    """The value without keys that are null: earlier versions did not know them."""
+    if isinstance(value, dict):
+        return {key: _given(inner) for key, inner in value.items() if inner is not None}
+    return [_given(inner) for inner in value] if isinstance(value, list) else value
 
 
 def missing_files(run: RunDirectory, manifest: dict[str, Any]) -> list[str]:

@@ -292,8 +292,11 @@ def unchanged(plan: Plan) -> tuple[bool, list[str]]:
     differs = manifest.differing_keys(old, tree)
     if made:
         differs += manifest.missing_files(run, made) + changed_inputs(made)
-        today = {count.source: count.fingerprint for count in plan.counts}
+        today: dict[str, set[str]] = {}
+        for count in plan.counts:
+            # several parts of one directory may be sources
+            today.setdefault(count.source, set()).add(count.fingerprint)
         for entry in made.get("data", []):
-            if entry["source"] in today and entry["fingerprint"] != today[entry["source"]]:
+            if entry["source"] in today and entry["fingerprint"] not in today[entry["source"]]:
                 differs.append(f"data {entry['source']} has changed since")
     return not differs, differs

@@ -634,3 +634,34 @@ def test_nothing_heavy_is_imported_for_files_of_text():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_folder_of_a_directory_is_read_alone():
+    for part in ("harmless", "helpful"):
+        for split in ("train", "test"):
+            write(f"d/{part}/{split}.jsonl", json.dumps({"file": f"{part} {split}"}) + "\n")
+    assert read_from("d", data_dir="harmless") == ["harmless train"]
+    assert read_from("d", data_dir="helpful", split="test") == ["helpful test"]
+    assert fingerprint(source("d", data_dir="harmless")) != fingerprint(source("d", data_dir="helpful"))
+    refs = {"refs/main": "abc", "snapshots/abc/harmless/train.jsonl": '{"file": "cached"}\n'}
+    for name, text in refs.items():
+        write(f"cache/{name}", text)
+    assert read_from("cache", data_dir="harmless") == ["cached"]
+
+
+@pytest.mark.parametrize(
+    ("path", "keys", "said"),
+    [
+        ("d", {"data_dir": "b"}, "d: no directory 'b' (has a); correct data_dir"),
+        ("d", {"data_dir": "../e"}, "d: data_dir '../e' leads out of it; name a folder below it"),
+        ("d", {"data_dir": "/e"}, "d: data_dir '/e' leads out of it; name a folder below it"),
+        ("d/*.jsonl", {"data_dir": "a"}, "d/*.jsonl: is a glob, so it has no data_dir; write the folder into the glob"),
+        ("d/x.jsonl", {"data_dir": "a"}, "d/x.jsonl: is not a directory, so it has no data_dir; remove data_dir"),
+        ("d", {"subset": "s"}, "d: subset 's' is for hub ids; name the subset's folder with data_dir, or its files"),
+        ("d/x.jsonl", {"revision": "v1"}, "d/x.jsonl: revision 'v1' is for hub ids; remove it"),
+    ],
+)
+def test_parts_that_a_local_source_cannot_have(path, keys, said):
+    write("d/x.jsonl", '{"prompt": "p"}\n')
+    write("d/a/x.jsonl", '{"prompt": "p"}\n')
+    assert problem(path, **keys) == said

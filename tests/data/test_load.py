@@ -321,3 +321,41 @@ def test_local_files_need_no_heavy_import():
     write("a.jsonl", '{"prompt": "p"}\n')
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_parts_of_a_hub_id_are_what_datasets_is_asked_for(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **keys: asked.append((path, keys)) or [])
+    list(read_rows(source("org/name", subset="main", revision="v1")))
+    list(read_rows(source("org/name", data_dir="harmless-base", split="test"), streaming=True))
+    assert asked == [
+        ("org/name", {"split": "train", "streaming": False, "name": "main", "revision": "v1"}),
+        ("org/name", {"split": "test", "streaming": True, "data_dir": "harmless-base"}),
+    ]
+
+
+def test_datasets_reads_the_parts_that_are_asked_for():
+    """The names of the parameters, against `datasets` itself."""
+    datasets = pytest.importorskip("datasets")
+    for part in ("one", "two"):
+        os.makedirs(f"d/{part}")
+        write(f"d/{part}/train.jsonl", json.dumps({"prompt": part}) + "\n")
+    write("d/README.md", "---\nconfigs:\n- config_name: b\n  data_files: two/train.jsonl\n---\n")
+    for given, expected in ({"data_dir": "one"}, "one"), ({"name": "b"}, "two"):
+        rows = datasets.load_dataset("./d", split="train", cache_dir="cache", **given)
+        assert [row["prompt"] for row in rows] == [expected]
+
+
+def test_the_fingerprint_of_a_hub_id_tells_its_parts_and_revisions_apart(monkeypatch, tmp_path):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    refs = tmp_path / "cache" / "datasets--org--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("abc123")
+    (refs / "v1").write_text("def456\n")
+    assert fingerprint(source("org/name", revision="v1")) == "hub:org/name@def456:train"
+    assert fingerprint(source("org/name", revision="v2")) == "hub:org/name@unknown:train"
+    assert fingerprint(source("org/name", revision="f" * 40)) == f"hub:org/name@{'f' * 40}:train"
+    assert fingerprint(source("org/name", data_dir="x")) == "hub:org/name@abc123:train:data_dir=x"
+    assert fingerprint(source("org/name", subset="x")) == "hub:org/name@abc123:train:subset=x"

@@ -327,3 +327,10 @@ def test_the_json_schema_describes_every_key_and_knows_trls(stage):
     assert "beta" not in block["properties"] and "output_dir" not in block["properties"]
     assert "zero2" in json.dumps(schema["properties"]["zero"])
     assert not schema.get("required")
+
+
+def test_constitutional_ai_asks_the_red_team_prompts_alone():
+    from align_cli.recipe.check import load
+
+    _, recipe = load("cai", ["recipe=mistral-7b"])
+    assert (recipe.data.train[0].path, recipe.data.train[0].data_dir) == ("Anthropic/hh-rlhf", "harmless-base")

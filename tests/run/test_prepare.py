@@ -237,3 +237,26 @@ def test_a_template_with_todays_date_keeps_the_date_on_which_the_run_began(proje
 def test_other_templates_are_given_no_date(project):
     run, _ = begun()
     assert yaml.safe_load(run.recipe.read_text())["data"]["date"] is None
+
+
+def test_a_finished_run_on_two_folders_of_one_directory_is_left_alone(project):
+    for part, extra in (("one", ""), ("two", "x")):
+        write(f"d/{part}/a.jsonl", Path("a.jsonl").read_text().replace('"b"', f'"b{extra}"'))
+    words = ["data.train=[{path: d, data_dir: one}, {path: d, data_dir: two}]"]
+    run, _ = begun(*words)
+    finish(run, *words)
+    entries = manifest.read(run.path)["data"]
+    assert [(entry["source"], entry["data_dir"]) for entry in entries] == [("d", "one"), ("d", "two")]
+    assert begun(*words)[0] is None
+    write("d/one/a.jsonl", Path("d/two/a.jsonl").read_text() + "\n")
+    assert "data d has changed since" in begun(*words)[1][0]
+
+
+def test_a_finished_run_of_a_version_that_did_not_know_a_key_is_left_alone(project):
+    run, _ = begun()
+    tree = yaml.safe_load(run.recipe.read_text())
+    for key in ("subset", "data_dir", "revision"):
+        assert tree["data"]["train"][0].pop(key) is None
+    run.recipe.write_text(yaml.safe_dump(tree))
+    finish(run)
+    assert begun()[0] is None
