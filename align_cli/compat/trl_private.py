@@ -138,6 +138,17 @@ class PreparedRows:
         return self.with_reference(dataset, name, batch_size)
 
 
+class OwnOrder:
+    """Mixin for KTOTrainer; must precede it in the bases."""
+
+    def row_order(self) -> Sampler:
+        """The order of the training rows."""
+        return super()._get_train_sampler()
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return self.row_order()
+
+
 class CountsTokens(Protocol):
     """A trainer that counts the tokens it has trained on, as TRL's do."""
 

@@ -1,36 +1,84 @@
 """KTO on TRL's trainer with tokenized responses.
 
-Differences from TRL's KTOTrainer: rows are not tokenized, truncated or dropped again; the mismatched responses for the
-KL estimate are taken from the whole optimizer step, not from a device's micro-batch, so that the result does not depend
-on the number of ranks; held-out rows get an accuracy.
+Differences from TRL's KTOTrainer: rows are not tokenized, truncated or dropped again; each epoch draws a new order;
+the mismatched responses for the KL estimate are taken from the whole optimizer step, not from a device's micro-batch,
+so that the result does not depend on the number of ranks; held-out rows get an accuracy.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, TrainerCallback
 from trl import KTOTrainer
 
-from align_cli.compat.trl_private import PreparedRows
+from align_cli.compat.trl_private import OwnOrder, PreparedRows
 from align_cli.model import log_probs
 
+Item = TypeVar("Item")
 
-class KtoTrainer(PreparedRows, KTOTrainer):
+
+class EpochOrder(Sampler[tuple[int, int]]):
+    """(a row, the row whose response is its mismatch), in an order drawn anew for each epoch. It depends on nothing but
+    the seed and the epoch, so that a resumed run and any number of ranks see the same."""
+
+    def __init__(self, rows: int, block: int, seed: int):
+        self.rows, self.block, self.seed = rows, block, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.rows, generator=draw).tolist()
+        return zip(order, rotated(order, self.block), strict=True)
+
+
+class Mismatched(torch.utils.data.Dataset):
+    """Rows addressed by the pairs of an EpochOrder."""
+
+    def __init__(self, rows: Dataset):
+        self.rows, self.responses = rows, rows.select_columns("completion_ids")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
+        row, other = pair
+        return self.rows[row] | {"KL_completion_ids": self.responses[other]["completion_ids"]}
+
+
+class CountEpochs(TrainerCallback):
+    """Tells an EpochOrder which epoch begins. accelerate does not reach it through a resumed run's data loader."""
+
+    def __init__(self, order: EpochOrder):
+        self.order = order
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.order.epoch = int(state.epoch or 0)
+
+
+class KtoTrainer(OwnOrder, PreparedRows, KTOTrainer):
     """TRL's KTOTrainer for `prompt_ids`, `completion_ids`, `label`. `block` is the rows per step over all ranks."""
 
     def __init__(self, *args: Any, block: int, **kwargs: Any):
-        self.block = block
         super().__init__(*args, **kwargs)
+        self.order = EpochOrder(len(self.train_dataset), block, self.args.seed)
+        self.add_callback(CountEpochs(self.order))
+        self.train_dataset = Mismatched(self.train_dataset)
+        if self.calculate_KL and self.eval_dataset is not None:
+            responses = rotated(self.eval_dataset["completion_ids"], block)
+            self.eval_dataset = self.eval_dataset.add_column("KL_completion_ids", responses)
 
-    def prepared(self, dataset: Dataset) -> Dataset:
-        """The rows, each with a mismatched response if the loss estimates the KL."""
-        if not self.calculate_KL or "KL_completion_ids" in dataset.column_names:
-            return dataset
-        return dataset.add_column("KL_completion_ids", rotated(dataset["completion_ids"], self.block))
+    def row_order(self) -> EpochOrder:
+        """The order of training rows, with their mismatches."""
+        return self.order
 
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -72,12 +120,15 @@ class KtoTrainer(PreparedRows, KTOTrainer):
         return log_probs.of_responses(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])[0]
 
 
-def rotated(responses: list[list[int]], block: int) -> list[list[int]]:
-    """For every row the response of the previous row of its block; the first row gets the last one's (KTO,
-    arXiv 2402.01306, §4.1)."""
+def rotated(items: Sequence[Item], block: int) -> list[Item]:
+    """For every item the previous one of its block; the first gets the last one's (KTO, arXiv 2402.01306, §4.1). A last
+    block of a single item, which would be its own mismatch, is part of the one before."""
+    starts = list(range(0, len(items), block))
+    if len(starts) > 1 and len(items) - starts[-1] == 1:
+        starts.pop()
     made = []
-    for start in range(0, len(responses), block):
-        part = responses[start : start + block]
+    for start, end in zip(starts, [*starts[1:], len(items)], strict=True):
+        part = list(items[start:end])
         made += part[-1:] + part[:-1]
     return made
 

@@ -36,7 +36,7 @@ def run(job: Job[KtoRecipe]) -> Outcome:
         beta=method.beta,
         desirable_weight=method.desirable_weight,
         undesirable_weight=method.undesirable_weight,
-        # mismatched responses are taken from neighbouring rows, so the training order must not be shuffled
+        # TRL insists on it, since it pairs neighbouring rows once; ours are paired again in each epoch's order
         train_sampling_strategy="sequential",
     )
 

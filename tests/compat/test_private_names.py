@@ -66,6 +66,13 @@ def test_grpo_gives_log_probabilities_first():
     assert "return logps, entropies" in code
 
 
+@pytest.mark.parametrize("trainer", ["KTOTrainer"])
+def test_trainers_ask_for_the_order_of_their_rows(trainer):
+    import trl
+
+    assert "sampler_fn=self._get_train_sampler" in source(getattr(trl, trainer))
+
+
 @pytest.mark.parametrize("name", ROW_HOOKS)
 @pytest.mark.parametrize("trainer", ["DPOTrainer", "KTOTrainer"])
 def test_preference_trainers_call_the_hooks_that_ours_override(trainer, name):

@@ -3,11 +3,36 @@
 import pytest
 import torch
 
-from align_cli.preferences.kto import balance, ranked, rotated
+from align_cli.preferences.kto import EpochOrder, balance, ranked, rotated
 
 
 def test_every_row_gets_its_neighbours_response_within_a_step():
     assert rotated([[1], [2], [3], [4], [5]], 3) == [[3], [1], [2], [5], [4]]
+
+
+def test_a_row_alone_in_the_last_step_is_not_its_own_mismatch():
+    assert rotated([[1], [2], [3], [4]], 3) == [[4], [1], [2], [3]]
+    assert rotated([1, 2, 3, 4, 5], 2) == [2, 1, 5, 3, 4]
+    assert rotated([1], 3) == [1]  # nothing else is there
+
+
+@pytest.mark.parametrize(("rows", "block"), [(48, 8), (49, 8), (51, 8), (13, 8)])
+def test_each_epoch_draws_its_order_and_its_mismatches_within_a_step(rows, block):
+    order, seen = EpochOrder(rows, block, seed=3), []
+    for epoch in range(3):
+        order.epoch = epoch
+        pairs = list(order)
+        assert pairs == list(order) and len(pairs) == len(order) == rows
+        own, other = zip(*pairs, strict=True)
+        assert sorted(own) == sorted(other) == list(range(rows))
+        assert all(one != two for one, two in pairs)
+        whole = rows - rows % block
+        for start in range(0, whole - block, block):  # the last step may hold one row more
+            assert set(own[start : start + block]) == set(other[start : start + block])
+        seen.append(pairs)
+    assert seen[0] != seen[1] != seen[2] and dict(seen[0]) != dict(seen[1])
+    again = EpochOrder(rows, block, seed=4)
+    assert list(again) != seen[0]
 
 
 def test_ranked_counts_pairs_and_half_of_the_ties():

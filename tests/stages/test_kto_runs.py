@@ -36,11 +36,19 @@ def test_it_learns_which_responses_are_good(folder):
 
 @pytest.mark.parametrize("zero", ["zero3", pytest.param("zero2", marks=SLOW), pytest.param("none", marks=SLOW)])
 def test_two_ranks_are_one_process(folder, zero):
-    words = ["launch.num_gpus=2", f"zero={zero}", "trainer.max_steps=4", "trainer.per_device_train_batch_size=2"]
+    # an epoch has 9 steps
+    words = ["launch.num_gpus=2", f"zero={zero}", "trainer.max_steps=11", "trainer.per_device_train_batch_size=2"]
     project.ok("kto", "recipe=t.yaml", f"name={zero}", *words, cwd=folder)
     two, one = folder / f"runs/{zero}/kto", folder / "runs/t/kto"
     for name in ("loss", "kl", "rewards/chosen", "logps/rejected"):
-        assert logged(two, name) == pytest.approx(logged(one, name)[:4], rel=1e-3, abs=1e-4), name
+        assert logged(two, name) == pytest.approx(logged(one, name)[:11], rel=1e-3, abs=1e-4), name
+
+
+def test_each_epoch_has_other_steps(folder):
+    project.ok("kto", "recipe=t.yaml", "name=still", "trainer.learning_rate=0", "trainer.max_steps=18", cwd=folder)
+    scores = logged(folder / "runs/still/kto", "logps/rejected")
+    # the model does not change, so the same rows would give the same figures
+    assert len(scores) == 18 and not set(scores[:9]) & set(scores[9:])
 
 
 @pytest.mark.slow
