@@ -62,6 +62,9 @@ test: setup model ## run the tests
 test-slow: setup model ## run the tests that take minutes
 	$(BIN)/pytest -m slow -n logical --dist loadfile
 
+test-gpu: setup ## run every stage on this machine's GPUs, and write docs/gpu/<device>.md (about 20 minutes)
+	$(BIN)/python scripts/gpu_check.py --device cuda
+
 check: setup ## check format and lint, as CI does
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -73,4 +76,4 @@ format: setup ## fix the format and lint errors that check reports
 clean: ## remove runs and models, but keep the environment
 	rm -rf runs models
 
-.PHONY: help setup model demo demo-methods demo-cai constitutional test test-slow check format clean
+.PHONY: help setup model demo demo-methods demo-cai constitutional test test-slow test-gpu check format clean
