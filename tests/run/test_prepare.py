@@ -7,6 +7,7 @@ import pytest
 import yaml
 from project import locked
 
+from align_cli import driver
 from align_cli.errors import AlignError, LaunchError, UpstreamError
 from align_cli.run import environment, launch, manifest, preflight, worker
 from align_cli.run.directory import RunDirectory
@@ -66,6 +67,19 @@ def test_an_absent_run_is_begun_with_its_recipe(project):
     assert tree["method"]["beta"] == 0.3 and tree["seed"] == 42 and tree["data"]["max_length"] == 1024
     again = preflight.load("dpo", ["recipe=runs/t/dpo/recipe.yaml"], starting=True)
     assert again.recipe == planned("method.beta=0.3").recipe
+
+
+def test_the_number_of_ranks_is_recorded(project, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    gpus = tuple(driver.Gpu(at, "T4", 16 << 30, capability=(7, 5)) for at in range(4))
+    monkeypatch.setattr(driver, "present", lambda: gpus)
+    run, _ = begun("launch.num_gpus=auto")
+    assert yaml.safe_load(run.recipe.read_text())["launch"]["num_gpus"] == 4
+    again = preflight.load("dpo", ["recipe=runs/t/dpo/recipe.yaml"], starting=True)
+    assert again.ranks == 4
+    finish(run)
+    assert begun("launch.num_gpus=2")[0] is None, "the number of ranks does not affect results"
 
 
 def test_a_finished_unchanged_run_is_left_alone(project):
