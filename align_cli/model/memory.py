@@ -54,6 +54,13 @@ def lora_parameters(size: Sizes, rank: int) -> int:
     return 22 * size.hidden * rank * size.layers
 
 
+def checkpoint(trainable: int, *, dtype: str, zero_stage: int) -> int:
+    """Bytes of a resumable checkpoint on disk, over all ranks: the trained weights and Adam's two moments of their
+    type. DeepSpeed writes the weights a second time, and its moments and master copy in float32."""
+    width = BYTES[dtype]
+    return trainable * (2 * width + 12 if zero_stage else 3 * width)
+
+
 def plan(
     size: Sizes,
     *,

@@ -18,6 +18,13 @@ def in_rounds(recipe: Recipe) -> bool:
     return isinstance(recipe, DpoRecipe) and recipe.method.rounds is not None
 
 
+def count(recipe: Recipe) -> int:
+    """Number of models that a run leaves: one for each round of a loop."""
+    if isinstance(recipe, SpinRecipe):
+        return recipe.method.iterations
+    return recipe.method.rounds if isinstance(recipe, DpoRecipe) and recipe.method.rounds is not None else 1
+
+
 def sources(recipe: Recipe, data: Data, tokenizer: SavedTokenizer | None) -> tuple[list[str], list[Count]]:
     """Problems and counts of a recipe's sources; for iterative DPO, data.train holds prompts and data.eval preferences.
 

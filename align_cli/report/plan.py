@@ -65,6 +65,8 @@ def show(plan: Plan, console: Console) -> None:
     rows.append(("ranks", f"{_ranks(plan)}, ZeRO stage {recipe.zero.stage}"))
     if plan.memory:
         rows.append(("memory", f"≈ {_total(plan.memory)}"))
+    if plan.storage is not None:
+        rows.append(("disk", plan.storage.described()))
     if plan.other_memory:
         other = "four models, without lora" if recipe.lora else "one backbone for the four models, with lora"
         rows.append(("", f"≈ {_total(plan.other_memory)} as {other}"))

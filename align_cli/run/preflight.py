@@ -27,7 +27,7 @@ from align_cli.recipe.sections import Recipe
 from align_cli.rewards import function
 from align_cli.run import batch, devices, manifest, schedule
 from align_cli.run.directory import RunDirectory
-from align_cli.run.footprint import footprint
+from align_cli.run.footprint import Storage, footprint, storage
 from align_cli.run.upstream import (
     backbone_problems,
     existing,
@@ -55,6 +55,8 @@ class Plan:
     memory: list[memory.Part] = field(default_factory=list)
     other_memory: list[memory.Part] = field(default_factory=list)
     """Memory of the recipe's alternative: PPO's four models on one backbone, or as separate models."""
+    storage: Storage | None = None
+    """What the run writes to its disk; None if the model's size is unknown."""
     notes: list[str] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)
     """Data files that upstream runs have not written yet."""
@@ -242,6 +244,8 @@ class _Look:
         self.lines += precision.problems(recipe, machine)
         plan.notes += precision.notes(recipe, machine)
         plan.size, plan.memory = footprint(recipe, per_device, plan.ranks)
+        if plan.size is not None:
+            plan.storage = storage(recipe, plan.size)
         if (other := recipe.alternative()) is not None:
             plan.other_memory = footprint(other, per_device, plan.ranks)[1]
         for count in plan.counts:

@@ -21,7 +21,7 @@ def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
 
     A finished run of another recipe is renamed, never overwritten. Raises UpstreamError for an unfinished run of
     another recipe or of parents that have changed, whose checkpoints this one must not continue, and LaunchError if
-    another process uses it.
+    another process uses it or its disk is too small.
     """
     run = RunDirectory(plan.recipe.run_dir)
     again = f"align {plan.composed.stage} recipe={run.recipe}"
@@ -40,6 +40,8 @@ def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
             raise UpstreamError(
                 f"{run.path}: is unfinished, and its {_shortened(changed)}; restore it, or start over with force=true"
             )
+    if plan.storage is not None and (problem := plan.storage.problem()):
+        raise LaunchError(f"run_dir: {run.path}: {problem}")
     run.lock()
     if run.state() != plan.state:
         run.unlock()

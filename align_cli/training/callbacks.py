@@ -121,6 +121,45 @@ class CheckpointMarks(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.marker).touch()
 
 
+class DefaultSaves(TrainerCallback):
+    """When a run writes a checkpoint if its recipe does not say: after every 20 % of its steps, as the training
+    arguments have it, and every hour. A large checkpoint is left out as long as writing it would take more than 5 % of
+    the time since the last one. Rank 0 decides for all ranks."""
+
+    LARGE = 5 << 30
+    """Bytes of a checkpoint that is large."""
+    WORTH = 20
+    """Seconds of training for each second of writing."""
+    LONG = 3600.0
+    """Seconds after which a checkpoint is written between the 20 %."""
+    PARTS = 50
+    """Parts of a run after which that is asked."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self.cost, self.large = 0.0, False
+        self.last = self.began = clock()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = self.clock()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        part = max(1, state.max_steps // self.PARTS)
+        if not control.should_save and state.global_step % part:
+            return
+        self.began = self.clock()
+        trained = self.began - self.last
+        worth = trained >= self.WORTH * self.cost
+        wanted = (control.should_save and (worth or not self.large)) or (worth and trained >= self.LONG)
+        control.should_save = bool(distributed.largest(int(wanted and state.is_world_process_zero)))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.last = self.clock()
+        self.cost = self.last - self.began
+        files = (Path(args.output_dir) / f"checkpoint-{state.global_step}").rglob("*")
+        self.large = sum(file.stat().st_size for file in files if file.is_file()) >= self.LARGE
+
+
 class OrderlyStop(TrainerCallback):
     """Saves a checkpoint and ends training after the current step if any rank received a signal."""
 

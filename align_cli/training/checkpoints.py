@@ -18,6 +18,8 @@ from align_cli.model.load import set_ends
 from align_cli.run.directory import write_atomically
 from align_cli.training.job import Job
 
+SAVING = {"save_steps", "save_strategy", "save_total_limit"}
+"""Trainer fields with which a recipe says when to write checkpoints, and that they are kept."""
 RECORD = "ranks.json"
 """File beside the checkpoints: who wrote them."""
 
@@ -27,7 +29,7 @@ def finish(
 ) -> None:
     """Save the final model. Deletes the checkpoints unless the recipe configures them."""
     save(trainer, tokenizer, job, state_dict)
-    if job.main and not {"save_steps", "save_strategy", "save_total_limit"} & set(job.recipe.trainer):
+    if job.main and not SAVING & set(job.recipe.trainer):
         # our default checkpoints serve only to resume
         shutil.rmtree(job.run.checkpoints, ignore_errors=True)
 

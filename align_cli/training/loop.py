@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align_cli.compat.trl_private import trained_tokens
 from align_cli.data.groups import Count
 from align_cli.run.directory import COMPLETE, trim_metrics
-from align_cli.training.callbacks import CheckpointMarks, Metrics, OrderlyStop, ProgressLine
+from align_cli.training.callbacks import CheckpointMarks, DefaultSaves, Metrics, OrderlyStop, ProgressLine
 from align_cli.training.checkpoints import check_resumable, finish, record
 from align_cli.training.job import Job, Outcome
 from align_cli.training.samples import Samples
@@ -49,6 +49,7 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
         metrics,
         ProgressLine(f"{job.recipe.name}/{job.run.path.name}", metrics, job.console),
         CheckpointMarks(COMPLETE),
+        *([] if {"save_steps", "save_strategy"} & set(job.recipe.trainer) else [DefaultSaves()]),
         stop,
         *([last] if last else []),
     ):

@@ -144,3 +144,8 @@ def test_brackets_in_names_are_letters(project):
     console = Console(record=True, width=160, file=io.StringIO())
     report.show(preflight.load("dpo", ["recipe=b"], starting=False), console)
     assert "dpo[en].jsonl" in console.export_text()
+
+
+def test_files_in_gib(project):
+    # 2^28 parameters in float32: 1 GiB of weights, 2 of Adam's moments
+    assert printed()["disk"].startswith("≈ 3.0 GiB a checkpoint, at most 3 at a time; model 1.0 GiB; ")

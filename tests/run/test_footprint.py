@@ -5,7 +5,7 @@ import pytest
 from align_cli.hardware import Machine
 from align_cli.recipe.check import load
 from align_cli.run import devices
-from align_cli.run.footprint import footprint
+from align_cli.run.footprint import footprint, storage
 
 
 def planned(stage, *words):
@@ -60,3 +60,39 @@ def test_reward_models_are_planned_in_the_type_that_they_score_in(here, monkeypa
     parts = {part.name: part.bytes for part in footprint(recipe, 1, 1)[1]}
     assert parts["reward"] == pytest.approx(width * P)
     assert parts["weights"] == pytest.approx({"bfloat16": 2, "float32": 4}[dtype] * P)
+
+
+@pytest.mark.parametrize(
+    ("words", "checkpoint", "model", "needed"),
+    [
+        # weights and two moments in float32; with DeepSpeed the weights twice, and a master copy
+        (("zero=none",), 12 * P, 4 * P, 36 * P),
+        (("zero=zero3",), 20 * P, 4 * P, 60 * P),
+        (("zero=zero3", "model.dtype=bfloat16"), 16 * P, 2 * P, 48 * P),
+        (("zero=zero3", "trainer.save_total_limit=4"), 20 * P, 4 * P, 100 * P),
+        (("zero=zero3", "trainer.save_total_limit=1"), 20 * P, 4 * P, 60 * P),
+        (("zero=zero3", "trainer.save_strategy='no'"), 20 * P, 4 * P, 20 * P),
+        (("zero=none", "trainer.save_only_model=true"), 4 * P, 4 * P, 12 * P),
+    ],
+)
+def test_what_a_run_writes_to_its_disk(here, words, checkpoint, model, needed):
+    recipe = load("sft", ["recipe=zephyr", "model.dtype=float32", *words])[1]
+    planned = storage(recipe, footprint(recipe, 1, 1)[0])
+    assert (planned.checkpoint, planned.model, planned.needed) == pytest.approx((checkpoint, model, needed))
+
+
+def test_rounds_keep_their_models_and_the_value_function_is_saved_too(here):
+    loop = load("dpo", ["recipe=online-llama3", "model.dtype=bfloat16"])[1]
+    assert storage(loop, footprint(loop, 1, 1)[0]).models == loop.method.rounds == 3
+    ppo = load("ppo", ["recipe=instructgpt", *ZERO, "model.dtype=float32"])[1]
+    assert storage(ppo, footprint(ppo, 1, 1)[0]).checkpoint == pytest.approx(2 * 12 * P)
+
+
+def test_what_an_unfinished_run_has_written_is_not_needed_again(here):
+    recipe = load("sft", ["recipe=zephyr", *ZERO])[1]
+    before = storage(recipe, footprint(recipe, 1, 1)[0])
+    folder = here / recipe.run_dir / "checkpoints" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    (folder / "optimizer.pt").write_bytes(b"\0" * 4096)
+    after = storage(recipe, footprint(recipe, 1, 1)[0])
+    assert after.needed == before.needed - 4096

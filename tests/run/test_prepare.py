@@ -274,3 +274,24 @@ def test_a_finished_run_of_a_version_that_did_not_know_a_key_is_left_alone(proje
     run.recipe.write_text(yaml.safe_dump(tree))
     finish(run)
     assert begun()[0] is None
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_refused_before_the_start(project, monkeypatch):
+    from collections import namedtuple
+
+    from align_cli.run import footprint
+
+    space = namedtuple("space", "total used free")
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda place: space(1 << 40, 0, 331 << 30))
+    sized = ["model.parameters=10e9"]  # 12 bytes each: 3 checkpoints are 335 GiB
+    assert planned(*sized).storage.described() == (
+        "≈ 111.8 GiB a checkpoint, at most 3 at a time; model 37.3 GiB; 331 GiB free, 335 needed"
+    )
+    with pytest.raises(LaunchError, match="331 GiB free, but 3 checkpoints of about 112 GiB and the model need 335"):
+        begun(*sized)
+    assert not Path("runs").exists()
+    run, _ = begun("model.parameters=9e9")
+    # what is finished needs no space
+    finish(run, "model.parameters=9e9")
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda place: space(1 << 40, 0, 0))
+    assert begun("model.parameters=9e9")[0] is None
