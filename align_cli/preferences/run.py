@@ -51,6 +51,7 @@ def train(job: Job[PairRecipe]) -> Outcome:
         terms=[Term(**asdict(term)) for term in method.terms()],
         compares=recipe.needs_reference(),
         layout=method.layout,
+        record=job.run.path / ".layout",
         batch_tokens=method.batch_tokens or memory.batch_tokens(torch.cuda.is_available()),
         say=job.say,
     )

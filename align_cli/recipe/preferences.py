@@ -288,7 +288,8 @@ class PairMethod:
     """Losses added to the loss of the method, such as {loss: nll, weight: 0.1}."""
     layout: Literal["auto", "shared", "rows"] = "auto"
     """shared: one forward pass of the prompt for both responses (4-D mask); rows: one per response. auto: compare the
-    two on the first pair, and use shared if the results agree."""
+    two on the first pairs, and use shared if the results agree and, on a GPU, if it is the faster one. The manifest
+    names the choice."""
     batch_tokens: Count | None = None
     """Maximum tokens (padding included) per forward pass on each device. It affects memory, not the result. null: 16384
     on a GPU, 2048 on a CPU."""

@@ -27,7 +27,8 @@ class RmMethod:
     """Demonstrations whose mean score is shifted to 0 after training; null: no shift."""
     layout: Literal["auto", "shared", "rows"] = "auto"
     """shared: one forward pass of the prompt for all its responses (4-D mask); rows: one per response. auto: compare
-    the two on the first rows, and use shared if the results agree."""
+    the two on the first rows, and use shared if the results agree and, on a GPU, if it is the faster one. The manifest
+    names the choice."""
     batch_tokens: Count | None = None
     """Maximum tokens (padding included) per forward pass on each device. It affects memory, not the result. null: 16384
     on a GPU, 2048 on a CPU."""

@@ -71,6 +71,7 @@ def run(job: Job[RmRecipe]) -> Outcome:
         processing_class=tokenizer,
         objective=Objective(method.loss, margin=method.margin, center=method.center),
         layout=method.layout,
+        record=job.run.path / ".layout",
         batch_tokens=method.batch_tokens or memory.batch_tokens(torch.cuda.is_available()),
         say=job.say,
     )
@@ -83,4 +84,6 @@ def run(job: Job[RmRecipe]) -> Outcome:
             job.say(line)
     scores = scale.measured(trainer, demonstrations, job, train)
     finish(trainer, tokenizer, job)
-    return Outcome(metrics | {"ties": tied}, counts, extra={"reward": scores | {"heads": len(seeds)}})
+    return Outcome(
+        metrics | {"ties": tied}, counts, extra={"reward": scores | {"heads": len(seeds)}, "layout": trainer.layout}
+    )

@@ -19,6 +19,7 @@ from align_cli.training.callbacks import CheckpointMarks, DefaultSaves, Metrics,
 from align_cli.training.checkpoints import check_resumable, finish, record
 from align_cli.training.job import Job, Outcome
 from align_cli.training.samples import Samples
+from align_cli.training.steps import StepTrainer
 
 
 def run_to_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, counts: list[Count]) -> Outcome:
@@ -33,7 +34,8 @@ def run_to_end(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, job: Job, c
     if stopped_by is None:
         samples.answer(trainer, "after")
         finish(trainer, tokenizer, job)
-    return Outcome(metrics, counts, stopped_by)
+    extra = {"layout": trainer.layout} if isinstance(trainer, StepTrainer) else {}
+    return Outcome(metrics, counts, stopped_by, extra)
 
 
 def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tuple[dict[str, Any], int | None]:

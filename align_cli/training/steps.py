@@ -10,7 +10,9 @@ Shapes: b groups.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,6 +24,7 @@ from align_cli import distributed
 from align_cli.compat.libraries import exchange_gradients
 from align_cli.compat.trl_private import set_trained_tokens
 from align_cli.model.reward_head import takes_4d_masks
+from align_cli.run.directory import write_atomically
 from align_cli.training import layout as layouts
 from align_cli.training.arguments import Arguments, arguments
 from align_cli.training.job import Job
@@ -31,6 +34,9 @@ Figures = TypeVar("Figures")
 """What a method notes of a micro-batch."""
 Value = TypeVar("Value")
 
+clock = time.perf_counter
+TIMED = 3
+"""Forward passes of each layout that are timed."""
 AGREE = 0.05
 """Relative difference up to which the outputs of both layouts count as equal. bfloat16 rounding is about 0.01."""
 
@@ -69,10 +75,16 @@ class StepTrainer(Trainer, Generic[Figures]):
         layout: str,
         batch_tokens: int,
         say: Callable[[str], None] = lambda text: None,
+        record: Path | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, data_collator=collate, **kwargs)
         self.layout, self.batch_tokens, self.say = layout, batch_tokens, say
+        self.record = record
+        """File that keeps what `auto` stands for."""
+        self.measures = self.args.device.type != "cpu"
+        """Whether `auto` asks for the faster layout. On a CPU it is the one that computes fewer tokens, and a choice by
+        time would differ from run to run."""
         self.pad = self.processing_class.pad_token_id
         set_trained_tokens(self, 0)
         self.model_accepts_loss_kwargs = False
@@ -98,25 +110,69 @@ class StepTrainer(Trainer, Generic[Figures]):
     # -- layout
 
     def settled(self, model: Module, rows: list[Row]) -> str:
-        """The layout in use. `auto` runs both on the first group and keeps the shared one if the outputs agree."""
-        if self.layout != "auto":
-            return self.layout
-        error = torch.tensor(1.0, device=self.args.device)
-        if takes_4d_masks(self.accelerator.unwrap_model(self.model)):
+        """The layout in use; what `auto` stands for is chosen once, and kept for a resumed run."""
+        if self.layout == "auto":
+            self.layout = self._kept() or self._chosen(model, rows)
+            if self.record is not None and self.accelerator.is_main_process:
+                write_atomically(self.record, self.layout)
+        return self.layout
+
+    def _kept(self) -> str | None:
+        """The choice of the run that is resumed, on every rank; None if there is none that this machine can follow."""
+        main = self.accelerator.is_main_process and self.record is not None and self.record.is_file()
+        kept = distributed.broadcast(self.record.read_text(encoding="utf-8") if main else None)
+        return kept if kept == "rows" or (kept == "shared" and self._takes_4d_masks()) else None
+
+    def _takes_4d_masks(self) -> bool:
+        return takes_4d_masks(self.accelerator.unwrap_model(self.model))
+
+    def _chosen(self, model: Module, rows: list[Row]) -> str:
+        """The shared layout if its outputs agree with those of rows, and, on a GPU, if it is also the faster one there:
+        padding costs attention kernels of a GPU less than a mask does. Both compute some of these groups, without
+        gradients and dropout, so that nothing else changes. All ranks choose the same."""
+        error, speed = torch.tensor(1.0, device=self.args.device), None
+        if self._takes_4d_masks():
+            parts = layouts.fill(rows, "rows", self.batch_tokens)
+            # of all micro-batches the one of middle length; for the outputs alone one group will do
+            some = [rows[at] for at in parts[len(parts) // 2]] if self.measures else rows[:1]
             training = self.model.training
             model.eval()
-            with torch.no_grad():
-                one, many = (
-                    self.probe(model, make(rows[:1], self.pad, self.args.device), rows[:1])
-                    for make in layouts.LAYOUTS.values()
-                )
+            with torch.no_grad(), self.compute_loss_context_manager():
+                compute = {
+                    name: lambda make=make: self.probe(model, make(some, self.pad, self.args.device), some)
+                    for name, make in layouts.LAYOUTS.items()
+                }
+                one, many = compute["shared"](), compute["rows"]()
+                if self.measures:
+                    speed = self._speed(compute["shared"], compute["rows"])
             model.train(training)
             error = (one - many).norm() / many.norm()
         error = self.accelerator.gather(error.reshape(1)).max().item()
-        self.layout = "shared" if error < AGREE else "rows"
-        if self.layout == "rows":
+        if error >= AGREE:
             self.say("this model's attention does not support 4-D masks: the prompt is computed anew for each response")
-        return self.layout
+            return "rows"
+        if speed is None:
+            return "shared"
+        faster, ratio = ("shared", speed) if speed >= 1 else ("rows", 1 / speed)
+        self.say(f"layout: {faster}, {ratio:.2f} times as fast as the other one on the first groups")
+        return faster
+
+    def _speed(self, shared: Callable[[], Tensor], rows: Callable[[], Tensor]) -> float:
+        """How many times as fast the first function is as the second, over all ranks. Both were called before."""
+        seconds = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for _ in range(TIMED):
+            for at, compute in enumerate((shared, rows)):
+                self._synchronize()
+                start = clock()
+                compute()
+                self._synchronize()
+                seconds[at] += clock() - start
+        total = self.accelerator.reduce(seconds, "sum").tolist()
+        return distributed.broadcast(total[1] / total[0])
+
+    def _synchronize(self) -> None:
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def packed(self, model: Module, rows: list[Row]) -> Packed:
         """A micro-batch of these groups, in the layout in use."""

@@ -98,6 +98,10 @@ def test_the_two_layouts_train_the_same_model(folder):
         project.ok("rm", "recipe=t.yaml", f"name={layout}", f"method.layout={layout}", cwd=folder)
     shared, rows = (project.losses(folder / f"runs/{layout}/rm") for layout in ("shared", "rows"))
     assert shared == pytest.approx(rows, rel=1e-4)
+    assert [project.manifest(folder / f"runs/{layout}/rm")["layout"] for layout in ("shared", "rows")] == [
+        "shared",
+        "rows",
+    ]
 
 
 def test_how_a_step_is_cut_does_not_change_it(folder):
