@@ -6,16 +6,19 @@ Every function also works in a single process. Functions that communicate must b
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from align_cli import driver, hardware
-from align_cli.errors import LaunchError
+from align_cli.errors import AlignError, LaunchError
 from align_cli.hardware import Machine
 
 Value = TypeVar("Value")
+FOREVER = timedelta(days=30)
+"""Time-out where ranks wait for work of unknown length."""
 
 
 def rank() -> int:
@@ -99,6 +102,31 @@ def broadcast(value: Value | None) -> Value:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main(make: Callable[[], Value]) -> Value:
+    """The result of `make()`, which only rank 0 calls, on every rank, however long that takes: the time-out of
+    collectives does not apply. If it raises an AlignError, every rank raises it.
+    """
+    if world_size() == 1:
+        return make()
+    # created by all ranks at the same time; only the broadcast below waits for rank 0
+    waiting = torch.distributed.new_group(backend="gloo", timeout=FOREVER)
+    told: list[Any] = [None, None]
+    try:
+        if rank() == 0:
+            told = [make(), None]
+    except AlignError as error:
+        told = [None, error]
+    except BaseException as error:
+        told = [None, RuntimeError(f"rank 0 failed ({type(error).__name__}: {error})")]
+        raise
+    finally:
+        torch.distributed.broadcast_object_list(told, src=0, group=waiting, device=torch.device("cpu"))
+        torch.distributed.destroy_process_group(waiting)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def gather(value: Value) -> list[Value]:

@@ -59,7 +59,13 @@ class Tally:
     """Reason -> place of the first such group."""
     notes: Counter = field(default_factory=Counter)
     """Note for the user -> number of rows (of responses, if several are compared) that it applies to."""
+    counted: dict[str, int] = field(default_factory=dict)
+    """Further counts of a stage."""
     lost: set[tuple[int, str]] = field(default_factory=set, repr=False)
+
+    def add(self, name: str, number: int) -> None:
+        """Add to a further count."""
+        self.counted[name] = self.counted.get(name, 0) + number
 
     def drop(self, group: Group, reason: str) -> None:
         """Count a dropped group. Its row is counted only once, even if the source's weight repeats it."""

@@ -28,6 +28,8 @@ from align_cli.training.arguments import arguments as training_arguments
 from align_cli.training.job import Job
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+BATCH = 1000
+"""Rows that are hashed at a time."""
 
 
 def arguments(job: Job[DpoRecipe | SpinRecipe], **own: Any) -> DPOConfig:
@@ -106,14 +108,17 @@ class DpoTrainer(PreparedRows, DPOTrainer):
                 part.replace(file)
             self.accelerator.wait_for_everyone()
         for column in COLUMNS:
-            dataset = dataset.add_column(column, columns[column].tolist())
+            dataset = dataset.add_column(column, columns[column].numpy())
         return dataset
 
     def _key(self, dataset: Dataset) -> str:
         """The cache file's name: a hash of reference model, token ids (hence data and template) and `ld_alpha`."""
         digest = hashlib.sha256(json.dumps([self.reference_key, self.args.ld_alpha]).encode())
-        for row in dataset:
-            digest.update(json.dumps([row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]]).encode())
+        for table in dataset.with_format("arrow").iter(BATCH):
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+                ids = table[name].combine_chunks()
+                for numbers in (ids.value_lengths(), ids.flatten()):
+                    digest.update(numbers.to_numpy().astype("int64"))
         return digest.hexdigest()[:32]
 
     def _reference_log_probs(self, dataset: Dataset, batch_size: int) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ def train(job: Job[PairRecipe]) -> Outcome:
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
         return map(pair_row, chat.dpo_rows(tokenizer, groups, how=method.pairs, **limits, tally=tally))
 
-    train, held_out, counts = datasets(job, "preferences", tokenized)
+    rows = datasets(job, "preferences", tokenizer, {"pairs": method.pairs, "shared": True}, tokenized)
     policy = scoring(load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base))
     # dropout would add noise to the difference of a pair's log-probabilities; an adapter's own dropout is kept
     disable_dropout_in_model(policy)
@@ -45,8 +45,8 @@ def train(job: Job[PairRecipe]) -> Outcome:
     trainer = PreferenceTrainer(
         model=policy,
         args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
         processing_class=tokenizer,
         terms=[Term(**asdict(term)) for term in method.terms()],
         compares=recipe.needs_reference(),
@@ -58,4 +58,4 @@ def train(job: Job[PairRecipe]) -> Outcome:
     if trainer.compares and (job.reference or not recipe.lora):
         reference = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.reference or job.base)
         trainer.reference = placing(trainer)(frozen(scoring(reference)))
-    return run_to_end(trainer, tokenizer, job, counts)
+    return run_to_end(trainer, tokenizer, job, rows.counts)

@@ -153,7 +153,7 @@ def write(
         "world_size": world_size,
         "zero_stage": zero_stage,
         "seed": seed,
-        "versions": {package: installed for package in PACKAGES if (installed := _version(package))},
+        "versions": {package: installed for package in PACKAGES if (installed := version_of(package))},
         "started": started,
         "finished": now(),
         **(extra or {}),
@@ -178,7 +178,8 @@ def _results(run: RunDirectory) -> Iterator[Path]:
         yield from (here / name for name in names if not name.startswith(".") and here / name != run.manifest)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -31,5 +31,5 @@ def run(job: Job[DpoRecipe]) -> Outcome:
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
         return chat.dpo_rows(tokenizer, groups, how=recipe.method.pairs, **limits, tally=tally)
 
-    train, held_out, counts = datasets(job, "preferences", tokenized)
-    return run_to_end(dpo.trainer(job, tokenizer, args, train, held_out), tokenizer, job, counts)
+    rows = datasets(job, "preferences", tokenizer, {"pairs": recipe.method.pairs}, tokenized)
+    return run_to_end(dpo.trainer(job, tokenizer, args, rows.train, rows.eval), tokenizer, job, rows.counts)

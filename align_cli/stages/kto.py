@@ -9,6 +9,7 @@ of a micro-batch over all ranks. Rankings can be used, too: their best response 
 
 from __future__ import annotations
 
+import pyarrow.compute
 from trl import KTOConfig
 
 from align_cli.data import labels
@@ -44,19 +45,19 @@ def run(job: Job[KtoRecipe]) -> Outcome:
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
         return labels.kto_rows(tokenizer, groups, split=method.split, **limits, tally=tally)
 
-    train, held_out, counts = datasets(job, "labels", tokenized)
-    good = sum(train["label"])
-    if advice := balance(good, len(train) - good, method.desirable_weight, method.undesirable_weight):
+    rows = datasets(job, "labels", tokenizer, {"split": method.split}, tokenized)
+    good = pyarrow.compute.sum(rows.train.with_format("arrow")[:]["label"]).as_py()
+    if advice := balance(good, len(rows.train) - good, method.desirable_weight, method.undesirable_weight):
         job.say(advice)
     separate = job.reference or (None if recipe.lora else job.base)
     trainer = KtoTrainer(
         model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base),
         ref_model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=separate) if separate else None,
         args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
         processing_class=tokenizer,
         peft_config=peft_config(recipe.lora, load.new_tokens(tokenizer)),
         block=job.per_device * job.accumulation * job.ranks,
     )
-    return run_to_end(trainer, tokenizer, job, counts)
+    return run_to_end(trainer, tokenizer, job, rows.counts)

@@ -31,12 +31,11 @@ def run(job: Job[RmRecipe]) -> Outcome:
     recipe, data, method = job.recipe, job.recipe.data, job.recipe.method
     tokenizer = load.tokenizer(recipe.model, job.base)
     args = step_arguments(RewardConfig, job)
-    seeds, tied = method.seeds or [recipe.seed], 0
+    seeds = method.seeds or [recipe.seed]
 
     def tokenized(groups, tally):
-        nonlocal tied
         for group in groups:
-            tied += rankings.ties(group)
+            tally.add("ties", rankings.ties(group))
             rows = rankings.rm_rows(
                 tokenizer,
                 [group],
@@ -47,9 +46,11 @@ def run(job: Job[RmRecipe]) -> Outcome:
             for row in rows:
                 yield row | ({"heads": ensemble.drawn(row, seeds)} if len(seeds) > 1 else {})
 
-    train, held_out, counts = datasets(job, "preferences", tokenized)
+    train, held_out, counts, counted = datasets(
+        job, "preferences", tokenizer, {"levels": True, "heads": seeds}, tokenized
+    )
     demonstrations = scale.demonstrations(tokenizer, job)
-    if tied:
+    if tied := counted.get("ties", 0):
         job.say(f"{tied} pairs of responses are tied and not compared")
     model = reward_head.from_policy(recipe.model, tokenizer, dtype=job.dtype, seeds=seeds, path=job.base)
     if recipe.lora:
@@ -85,5 +86,7 @@ def run(job: Job[RmRecipe]) -> Outcome:
     scores = scale.measured(trainer, demonstrations, job, train)
     finish(trainer, tokenizer, job)
     return Outcome(
-        metrics | {"ties": tied}, counts, extra={"reward": scores | {"heads": len(seeds)}, "layout": trainer.layout}
+        metrics | {"ties": counted.get("ties", 0)},
+        counts,
+        extra={"reward": scores | {"heads": len(seeds)}, "layout": trainer.layout},
     )

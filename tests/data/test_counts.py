@@ -44,12 +44,12 @@ def long(*numbers):
 def datasets(tok, data, how="best-worst"):
     """(training rows, held-out rows, counts, what was said) as `align dpo` makes them."""
     said = []
-    job = SimpleNamespace(recipe=SimpleNamespace(data=data, seed=0), say=said.append)
+    job = SimpleNamespace(recipe=SimpleNamespace(data=data, seed=0), say=said.append, cache=Path("cache"))
 
     def tokenized(groups, tally):
         return chat.dpo_rows(tok, groups, how=how, max_length=200, max_prompt_length=LIMIT, tally=tally)
 
-    return *training.datasets(job, "preferences", tokenized), said
+    return *training.datasets(job, "preferences", tok, {"pairs": how}, tokenized)[:3], said
 
 
 # rows that tokens cost
