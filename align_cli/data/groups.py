@@ -6,9 +6,11 @@ its first example. Rows used are counted before the split and the weights, so a 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 
 from align_cli.data import refusals
 from align_cli.data.count import Count
@@ -27,6 +29,7 @@ from align_cli.data.split import (
     smallest,
     weighted,
 )
+from align_cli.data.spool import Spool, Spooled
 from align_cli.data.template import ChatTokenizer, without_thoughts
 from align_cli.data.turns import Broken, Dropped, Message
 from align_cli.errors import DataError, did_you_mean, raise_all
@@ -54,8 +57,8 @@ CHECKED = 64 << 20
 class Groups:
     """Everything a stage trains and evaluates on."""
 
-    train: list[Group]
-    eval: list[Group]
+    train: Sequence[Group]
+    eval: Sequence[Group]
     counts: list[Count]
     leaked: int = 0
     """Groups of the eval sources whose prompt also occurs in the training groups."""
@@ -77,28 +80,39 @@ class Problems:
         return self.shown + ([f"{self.path}: … and {more} more"] if more else [])
 
 
-def read_groups(data: Data, need: RowKind, seed: int, cells: Sequence[str] = ()) -> Groups:
-    """Read all groups into memory, split and weighted; the training groups keep the row's columns named in `cells`.
-    Raises DataError with every problem of every source."""
-    lines, counts = _fraction_lines(data), _counts(data)
-    train = [_read_source(*of, data, need, lines, cells) for of in zip(data.train, counts, strict=False)]
-    evals = [_read_source(*of, data, need, lines) for of in zip(_eval_sources(data), counts[len(train) :], strict=True)]
+def read_groups(
+    data: Data, need: RowKind, seed: int, cells: Sequence[str] = (), *, folder: Path | None = None
+) -> Groups:
+    """Read all groups once, split and weighted; the training groups keep the row's columns named in `cells`. In memory
+    are only hashes of them; large data sets go through a file in `folder` (default: the temporary folder), from which
+    each access reads a group. Raises DataError with every problem of every source."""
+    lines, counts, spool = _fraction_lines(data), _counts(data), Spool(folder)
+    fraction, evals = isinstance(data.eval, float), _eval_sources(data)
+    by_prompt, by_content, exact = array("Q"), array("Q"), array("Q")
+    parts: list[list[int]] = []
+    for at, (source, count) in enumerate(zip([*data.train, *evals], counts, strict=True)):
+        start = len(spool)
+        for group in _source_groups(source, count, data, need, lines, cells if at < len(data.train) else ()):
+            spool.add(group)
+            by_prompt.append(hashed(seed, "split", group.prompt) if fraction else 0)
+            by_content.append(hashed(seed, "weight", content(group)) if source.weight % 1 else 0)
+            exact.append(hashed(0, "prompt", group.prompt) if evals else 0)
+        parts.append(list(range(start, len(spool))))
     raise_all(DataError, lines)
 
-    held_out: list[Group] = []
-    if isinstance(data.eval, float):
-        keys = [[hashed(seed, "split", group.prompt) for group in groups] for groups in train]
-        eval_keys = smallest(set(chain(*keys)), data.eval)
+    held_out: list[int] = []
+    if fraction:
+        eval_keys = smallest(set(by_prompt), data.eval)
         if not eval_keys:
             raise DataError(_too_few(data.eval))
-        pairs = [list(zip(groups, of, strict=True)) for groups, of in zip(train, keys, strict=True)]
-        held_out = [group for rows in pairs for group, key in rows if key in eval_keys]
-        train = [[group for group, key in rows if key not in eval_keys] for rows in pairs]
-    trained = [weighted(groups, source.weight, seed) for groups, source in zip(train, data.train, strict=True)]
-    evals = [weighted(groups, source.weight, seed) for groups, source in zip(evals, _eval_sources(data), strict=True)]
-    prompts = {canonical(group.prompt) for groups in trained for group in groups} if evals else set()
-    leaked = sum(canonical(group.prompt) in prompts for groups in evals for group in groups)
-    return Groups(list(chain(*trained)), held_out + list(chain(*evals)), counts, leaked)
+        held_out = [number for part in parts for number in part if by_prompt[number] in eval_keys]
+        parts = [[number for number in part if by_prompt[number] not in eval_keys] for part in parts]
+    sources = [*data.train, *evals]
+    parts = [weighted(part, of.weight, by_content.__getitem__) for part, of in zip(parts, sources, strict=True)]
+    trained, evaluated = (list(chain(*some)) for some in (parts[: len(data.train)], parts[len(data.train) :]))
+    prompts = {exact[number] for number in trained} if evals else set()
+    leaked = sum(exact[number] in prompts for number in evaluated)
+    return Groups(Spooled(spool, trained), Spooled(spool, held_out + evaluated), counts, leaked)
 
 
 def stream_groups(data: Data, need: RowKind, seed: int, counts: list[Count]) -> Iterator[Group]:
@@ -125,12 +139,16 @@ def stream_eval(data: Data, need: RowKind, seed: int, counts: list[Count]) -> li
     """The eval groups for streaming. Eval sources are read whole, and their counts are added to `counts`; a fraction
     gives the first 512 groups that are held out of the training sources. Raises DataError."""
     lines, opened = _fraction_lines(data), _counts(data)[len(data.train) :]
-    evals = [_read_source(*of, data, need, lines) for of in zip(_eval_sources(data), opened, strict=True)]
+    evals = [list(_source_groups(*of, data, need, lines)) for of in zip(_eval_sources(data), opened, strict=True)]
     raise_all(DataError, lines)
     counts += opened
     if not isinstance(data.eval, float):
         sources = zip(evals, _eval_sources(data), strict=True)
-        return [group for groups, source in sources for group in weighted(groups, source.weight, seed)]
+
+        def key(group: Group) -> int:
+            return hashed(seed, "weight", content(group))
+
+        return [group for groups, source in sources for group in weighted(groups, source.weight, key)]
     streams = [_groups_of(source, data, need, Count(source.path), refuse) for source in data.train]
     chosen = (g for g in interleaved(streams, [1.0] * len(streams)) if share(seed, "split", g.prompt) < data.eval)
     if groups := list(islice(chosen, STREAMED_EVAL)):
@@ -281,16 +299,15 @@ def _counts(data: Data) -> list[Count]:
     ]
 
 
-def _read_source(
+def _source_groups(
     source: Source, count: Count, data: Data, need: RowKind, lines: list[str], cells: Sequence[str] = ()
-) -> list[Group]:
+) -> Iterator[Group]:
     """Groups of a whole source; fills its count and adds its problems to `lines`."""
     problems = Problems(source)
-    groups = list(_groups_of(source, data, need, count, problems, cells=cells))
+    yield from _groups_of(source, data, need, count, problems, cells=cells)
     if not problems.total:
         count.fingerprint = fingerprint(source)
     lines += problems.lines()
-    return groups
 
 
 def _eval_sources(data: Data) -> list[Source]:

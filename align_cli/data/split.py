@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
 
 from align_cli.data.format import Group
+
+Row = TypeVar("Row")
 
 
 def canonical(content: Any) -> str:
@@ -43,14 +45,15 @@ def smallest(keys: set[int], fraction: float) -> set[int]:
     return set(sorted(keys)[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])
 
 
-def weighted(groups: list[Group], weight: float, seed: int) -> list[Group]:
-    """The groups repeated `weight` times. The fractional part is chosen by content hash; at least one group is kept."""
+def weighted(rows: list[Row], weight: float, key: Callable[[Row], int]) -> list[Row]:
+    """The rows repeated `weight` times. The fractional part are those with the smallest hashes, which `key` returns; at
+    least one row is kept."""
     whole, part = int(weight), weight - int(weight)
-    if not part or not groups:
-        return groups * whole
-    order = sorted(range(len(groups)), key=lambda at: hashed(seed, "weight", content(groups[at])))
-    some = set(order[: max(round(part * len(groups)), 0 if whole else 1)])
-    return groups * whole + [group for at, group in enumerate(groups) if at in some]
+    if not part or not rows:
+        return rows * whole
+    order = sorted(range(len(rows)), key=lambda at: key(rows[at]))
+    some = set(order[: max(round(part * len(rows)), 0 if whole else 1)])
+    return rows * whole + [row for at, row in enumerate(rows) if at in some]
 
 
 def interleaved(streams: list[Iterator[Group]], weights: list[float]) -> Iterator[Group]:

@@ -59,7 +59,7 @@ def datasets(
 def _write(job: Job, need: RowKind, tokenized: Tokenized, arranged: Arranged | None, writer: Writer) -> Report:
     data, seed, counted = job.recipe.data, job.recipe.seed, {}
     trained, evaluated = (chat.Tally(counted=counted) for _ in range(2))
-    groups = read_groups(data, need, seed)
+    groups = read_groups(data, need, seed, folder=writer.folder)
     parts = (("train", groups.train, trained), ("eval", groups.eval, evaluated))
     numbers = {name: writer.write(name, tokenized(part, tally), seed, arranged) for name, part, tally in parts}
     if groups.leaked:

@@ -64,10 +64,11 @@ def test_rows_hold_the_tokens_of_a_response_and_its_label(tok):
 
 def test_good_and_bad_that_are_cut_to_the_same_are_dropped(tok):
     read = groups("preference")
-    read.train[0].responses[1][0]["content"] = "good but long"
-    room, tally = len(chat.responses(tok, read.train[0])[0]) + 3, chat.Tally()
+    (group,) = read.train
+    group.responses[1][0]["content"] = "good but long"
+    room, tally = len(chat.responses(tok, group)[0]) + 3, chat.Tally()
     limits = {"max_length": room, "max_prompt_length": None}
-    assert not list(labels.kto_rows(tok, read.train, split="best-worst", **limits, tally=tally))
+    assert not list(labels.kto_rows(tok, [group], split="best-worst", **limits, tally=tally))
     assert tally.dropped == {f"responses alike within {room} tokens": 1} and read.counts[0].rows_used == 0
 
 
