@@ -73,7 +73,12 @@ def _whole(template: Template, text: str, length: int) -> int:
 
 def prompt_tail(template: Template, messages: list[Message], turn: int, tools: Tools) -> str | None:
     """The text from the end of the last content before `turn` to the end of the generation prompt; None if that content
-    cannot be found."""
+    cannot be found.
+
+    It is rendered without the earlier turns: a user turn after the system turn alone, another turn after the last user
+    turn and the assistant turn whose call it answers. Only for a template that refuses such a conversation, and for
+    conversations without a user turn, all turns before it are rendered, which is quadratic in the number of tool turns.
+    """
     if turn == 0:
         return ""
     before, head = messages[turn - 1], _head(messages, turn - 1)
@@ -82,8 +87,7 @@ def prompt_tail(template: Template, messages: list[Message], turn: int, tools: T
         key = ("asked", tuple(template.shape(each["content"]) for each in head), tail(before["content"]), bool(tools))
         context = head
     else:
-        asked_by = [at for at in range(turn - 1) if messages[at]["role"] == "user"]
-        context = [*head, *messages[asked_by[-1] : turn - 1]] if asked_by else messages[: turn - 1]
+        context = _asked(messages, turn - 1)
     if key is None or key not in template.cache:
         tail_text = None
         content = lead(before["content"]) + SAME + tail(before["content"])
@@ -191,6 +195,16 @@ def header_of(template: Template) -> str:
             break
         template.cache["header"] = header
     return template.cache["header"]
+
+
+def _asked(messages: list[Message], at: int) -> list[Message]:
+    """The turns that a tool's or assistant's turn at `at` needs before it: the system turn, the last user turn, and the
+    assistant's call with the results before this one. All turns if there is no user turn."""
+    user = next((number for number in reversed(range(at)) if messages[number]["role"] == "user"), None)
+    if user is None:
+        return messages[:at]
+    call = next((number for number in reversed(range(user, at)) if messages[number]["role"] == "assistant"), at)
+    return [*_head(messages, at), messages[user], *messages[call:at]]
 
 
 def _head(messages: list[Message], turn: int) -> list[Message]:

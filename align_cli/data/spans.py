@@ -16,7 +16,7 @@ from itertools import islice
 from os.path import commonprefix
 
 from align_cli.data.boundaries import SAME, Span, closings, find_start, find_stop, header_of, openers, prompt_tail
-from align_cli.data.contents import Lost, check_nothing_lost, check_tools, place
+from align_cli.data.contents import Lost, Piece, check_nothing_lost, check_tools, place
 from align_cli.data.template import CLOSE, OPEN, THOUGHT, Message, Template, Tools, Unrenderable, lead, opened
 
 
@@ -202,9 +202,13 @@ def _by_probe(
     pieces, every = place(template, messages, tools, text, prompt)
     check_nothing_lost(messages, pieces, every, text, lenient)
     spots = sorted((start, stop, piece.turn) for piece in pieces for start, stop in piece.at)
+    written: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        if piece.at:
+            written.setdefault(piece.turn, []).append(piece)
     spans, alone = [], {}
     for turn in turns:
-        own = [piece for piece in pieces if piece.turn == turn and piece.at]
+        own = written.get(turn)
         if not own:
             raise Unrenderable("the chat template leaves out an assistant turn")
         ended, followed, times = closings(template, messages, turn, tools)
