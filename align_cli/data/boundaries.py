@@ -199,7 +199,7 @@ def header_of(template: Template) -> str:
 
 def _asked(messages: list[Message], at: int) -> list[Message]:
     """The turns that a tool's or assistant's turn at `at` needs before it: the system turn, the last user turn, and the
-    assistant's call with the results before this one. All turns if there is no user turn."""
+    assistant's call with the results before this one. All turns without a user turn."""
     user = next((number for number in reversed(range(at)) if messages[number]["role"] == "user"), None)
     if user is None:
         return messages[:at]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
@@ -62,3 +62,7 @@ class Spooled(Sequence[Group]):
     def __getitem__(self, at: int | slice) -> Group | Spooled:
         picked = self.numbers[at]
         return Spooled(self.spool, picked) if isinstance(at, slice) else self.spool.read(picked)
+
+    def picked(self, at: Iterable[int]) -> Spooled:
+        """The groups at these indices, in their order."""
+        return Spooled(self.spool, [self.numbers[one] for one in at])

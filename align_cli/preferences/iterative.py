@@ -9,6 +9,7 @@ gets no EOS, since as the worse answer it would teach the policy to avoid EOS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,8 +18,7 @@ from trl import DPOConfig
 
 from align_cli.data import chat
 from align_cli.data.count import of_constitution
-from align_cli.data.groups import Count, Group, read_groups
-from align_cli.data.split import canonical, hashed
+from align_cli.data.groups import Count, Group
 from align_cli.data.turns import Dropped
 from align_cli.errors import AlignError, DataError
 from align_cli.generation.sampling import row_seed
@@ -33,7 +33,8 @@ from align_cli.rewards.judge import Judge
 from align_cli.rewards.reward import Reward
 from align_cli.rl.guards import Guards
 from align_cli.rl.rollouts import correlation, distinct_2
-from align_cli.training.job import Job, Outcome, fold_in
+from align_cli.training.datasets import further
+from align_cli.training.job import Job, Outcome
 from align_cli.training.journal import Row, RowJournal, Unit
 from align_cli.training.placement import placing, reference, release
 
@@ -62,22 +63,22 @@ class IterativeDpo(Rounds[DpoRecipe]):
 
     # -- data
 
-    def _prompts(self) -> list[list[Group]]:
+    def _prompts(self) -> list[Sequence[Group]]:
         """Each round's prompts; no prompt occurs in two rounds."""
         recipe = self.job.recipe
         method, data = recipe.method, replace(recipe.data, eval=None)
         by_source = method.fresh == "sources"
         pools, seen = [], set()
         for sources in [[source] for source in data.train] if by_source else [data.train]:
-            groups, counts = prompts.groups(self.job, self.tokenizer, replace(data, train=sources))
+            section = replace(data, train=sources)
+            groups, counts = prompts.groups(self.job, self.tokenizer, section)
             self.counts += counts
-            groups.sort(key=lambda group: hashed(recipe.seed, "round", group.prompt))
-            fresh = []
-            for group in groups:
-                if (key := canonical(group.prompt)) not in seen:
-                    seen.add(key)
-                    fresh.append(group)
-            pools.append(fresh)
+            numbers = []
+            for number, same in groups.fresh:
+                if same not in seen:
+                    seen.add(same)
+                    numbers.append(number)
+            pools.append(prompts.Prompts(groups.rows, numbers))
         rounds = method.rounds
         size = method.prompts or min(map(len, pools)) // (1 if by_source else rounds)
         if by_source:
@@ -96,13 +97,16 @@ class IterativeDpo(Rounds[DpoRecipe]):
         data = self.job.recipe.data
         if data.eval is None:
             return []
-        read, tally = read_groups(replace(data, train=data.eval, eval=None), "preferences", 0), chat.Tally()
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-        rows = list(chat.dpo_rows(self.tokenizer, read.train, how="best-worst", **limits, tally=tally))
-        for line in fold_in(read.counts, tally, data.max_dropped):
-            self.job.say(line)
-        self.counts += read.counts
-        return rows
+
+        def tokenized(groups, tally):
+            return chat.dpo_rows(self.tokenizer, groups, how="best-worst", **limits, tally=tally)
+
+        settings = {"pairs": "best-worst"}
+        section = replace(data, train=data.eval)
+        rows, counts = further(self.job, section, "preferences", self.tokenizer, settings, tokenized)
+        self.counts += counts
+        return list(rows or [])
 
     # -- one round
 

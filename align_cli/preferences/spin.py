@@ -7,31 +7,40 @@ the loop ends when the model can no longer distinguish held-out human replies fr
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow
+from datasets import Dataset
 from trl import DPOConfig
 
 from align_cli import distributed
 from align_cli.data import chat
-from align_cli.data.groups import Count, Group, read_groups
+from align_cli.data.groups import Count, read_groups
 from align_cli.data.split import hashed
-from align_cli.data.turns import Dropped
+from align_cli.data.spool import Spooled
+from align_cli.data.turns import Dropped, Message
 from align_cli.errors import DataError
 from align_cli.generation.sampling import row_seed
 from align_cli.preferences import dpo
 from align_cli.preferences.responses import FrozenPolicy, units
 from align_cli.preferences.rounds import Rounds, Sampled
 from align_cli.recipe.preferences import SpinRecipe
-from align_cli.rewards.prompts import leaving_room
+from align_cli.rewards.prompts import leaving_room, limit
 from align_cli.training.job import Job, Outcome, fold_in
 from align_cli.training.journal import Row, RowJournal, Unit, read_rows
 from align_cli.training.placement import release
+from align_cli.training.prepared import INTS, Report, Writer, prepare
 
 HELD_OUT = 1 << 20
 """Offset of row numbers of held-out prompts, so that they use different seeds."""
+SCHEMA = pyarrow.schema(
+    [("messages", pyarrow.string()), ("prompt_ids", INTS), ("human_ids", INTS), ("place", pyarrow.string())]
+)
+"""Prepared demonstrations; messages are JSON."""
 
 
 def run(job: Job[SpinRecipe]) -> Outcome:
@@ -41,11 +50,30 @@ def run(job: Job[SpinRecipe]) -> Outcome:
 
 @dataclass
 class Demonstration:
-    """A prompt and the human reply to it, as tokens."""
+    """A prompt and the human reply to it."""
 
-    group: Group
+    messages: list[Message]
+    """The prompt."""
     prompt: list[int]
     human: list[int]
+    place: str
+
+
+class Demonstrations(Sequence[Demonstration]):
+    """Demonstrations that are mapped from a file."""
+
+    def __init__(self, rows: Dataset | None):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows or ())
+
+    def __getitem__(self, at: int) -> Demonstration:
+        row = self.rows[at]
+        return Demonstration(json.loads(row["messages"]), row["prompt_ids"], row["human_ids"], row["place"])
+
+    def __iter__(self) -> Iterator[Demonstration]:
+        return (self[at] for at in range(len(self)))
 
 
 class Spin(Rounds[SpinRecipe]):
@@ -57,35 +85,46 @@ class Spin(Rounds[SpinRecipe]):
         super().__init__(job)
         recipe = job.recipe
         self.numbers = range(recipe.method.iterations)
-        read, tally = read_groups(recipe.data, "demonstrations", recipe.seed), chat.Tally()
+        settings = {"rows": "demonstrations of spin", "prompts": recipe.method.prompts, "limit": limit(job)}
+        settings["max_new_tokens"] = recipe.generation.max_new_tokens
+        entry = prepare(job, self.tokenizer, recipe.data, settings, self._write)
+        self.train, self.eval = (Demonstrations(entry.table(name)) for name in ("train", "eval"))
+        self.counts, self.held_out = entry.report.counts, 0
+
+    def _write(self, writer: Writer) -> Report:
+        """Prepare the demonstrations, in the order in which they are taken."""
+        recipe = self.job.recipe
+        read, tally = read_groups(recipe.data, "demonstrations", recipe.seed, folder=writer.folder), chat.Tally()
         if read.leaked:
-            job.say(f"{read.leaked} prompts of data.eval are in data.train too: their held-out replies are trained on")
-        train = sorted(read.train, key=lambda group: hashed(recipe.seed, "round", group.prompt))
-        self.train = self._tokenized(train[: recipe.method.prompts or len(train)], tally)
-        self.eval = self._tokenized(read.eval, chat.Tally())
+            writer.say(
+                f"{read.leaked} prompts of data.eval are in data.train too: their held-out replies are trained on"
+            )
+        order = [hashed(recipe.seed, "round", group.prompt) for group in read.train]
+        train = read.train.picked(sorted(range(len(order)), key=order.__getitem__)[: recipe.method.prompts])
+        trained = writer.write("train", self._tokenized(train, tally), schema=SCHEMA)
+        evaluated = writer.write("eval", self._tokenized(read.eval, chat.Tally()), schema=SCHEMA)
         for line in fold_in(read.counts, tally, recipe.data.max_dropped):
-            job.say(line)
-        self.counts, self.held_out = read.counts, 0
-        for key, made in (("train", self.train), *([("eval", self.eval)] if read.eval else [])):
-            if not made:
+            writer.say(line)
+        for key, rows in (("train", trained), *([("eval", evaluated)] if read.eval else [])):
+            if not rows:
                 raise DataError(
                     f"data.{key}: no prompt leaves room for {recipe.generation.max_new_tokens} new tokens; raise "
                     "data.max_length or lower generation.max_new_tokens"
                 )
+        return Report(read.counts)
 
-    def _tokenized(self, groups: list[Group], tally: chat.Tally) -> list[Demonstration]:
+    def _tokenized(self, groups: Spooled, tally: chat.Tally) -> Iterator[Row]:
         """The first reply of each conversation, truncated like the model's own."""
-        demonstrations = []
         for group in leaving_room(self.job, self.tokenizer, groups, tally):
             try:
                 _, (human,) = chat.responses(self.tokenizer, replace(group, responses=[group.responses[0][:1]]))
             except chat.Unrenderable as error:
                 tally.drop(group, str(error))
                 continue
-            limit = self.job.recipe.generation.max_new_tokens
             prompt = chat.prompt_ids(self.tokenizer, group.prompt, group.tools)
-            demonstrations.append(Demonstration(group, prompt, human[:limit]))
-        return demonstrations
+            human = human[: self.job.recipe.generation.max_new_tokens]
+            row = {"messages": json.dumps(group.prompt), "prompt_ids": prompt, "human_ids": human}
+            yield row | {"place": group.place}
 
     # -- one iteration
 
@@ -160,14 +199,12 @@ class Spin(Rounds[SpinRecipe]):
         )
         return Sampled(rows, figures, count, held_out)
 
-    def _rows(
-        self, demonstrations: list[Demonstration], replies: list[Row], count: Count
-    ) -> list[dict[str, list[int]]]:
+    def _rows(self, demonstrations: Demonstrations, replies: list[Row], count: Count) -> list[dict[str, list[int]]]:
         """Pairs of human reply and model reply that differ."""
         rows = []
         for one, row in zip(demonstrations, replies, strict=True):
             if row["rejected_ids"] == one.human:
-                count.lose(one.group.place, Dropped("the model's reply equals the human one", row["rejected"]))
+                count.lose(one.place, Dropped("the model's reply equals the human one", row["rejected"]))
                 continue
             rows.append({"prompt_ids": one.prompt, "chosen_ids": one.human, "rejected_ids": row["rejected_ids"]})
         return rows
@@ -193,7 +230,7 @@ class Replies:
         self.rounds, self.part, self.number = rounds, part, number
         self.policy: FrozenPolicy | None = None
 
-    def maker(self, demonstrations: list[Demonstration], first: int) -> Callable[[Unit], list[Row]]:
+    def maker(self, demonstrations: Demonstrations, first: int) -> Callable[[Unit], list[Row]]:
         """A function from indices of demonstrations to their rows; `first` is the offset of their seeds."""
 
         def make(unit: Unit) -> list[Row]:
@@ -205,7 +242,7 @@ class Replies:
             return [
                 {
                     "row": at,
-                    "prompt": demonstrations[at].group.prompt,
+                    "prompt": demonstrations[at].messages,
                     "chosen": policy.text(demonstrations[at].human),
                     "rejected": policy.text(ids),
                     "ended": policy.ended(ids),

@@ -11,12 +11,12 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from align_cli.data import chat
-from align_cli.data.groups import read_groups
 from align_cli.model.reward_head import HEAD
 from align_cli.model.zero import gathered
 from align_cli.recipe.reward_model import RmRecipe
 from align_cli.reward_model.trainer import RankingTrainer
-from align_cli.training.job import Job, fold_in
+from align_cli.training.datasets import further
+from align_cli.training.job import Job
 from align_cli.training.layout import Row
 
 RESPONSES = 512
@@ -28,18 +28,20 @@ STREAMED = 64
 def demonstrations(tokenizer: PreTrainedTokenizerBase, job: Job[RmRecipe]) -> list[Row]:
     """The rows of method.center_on, each with one response. Called before training; raises DataError if too few rows
     of the file can be used."""
-    data, tally, rows = job.recipe.data, chat.Tally(), []
+    data = job.recipe.data
     if job.recipe.method.center_on is None:
-        return rows
-    read = read_groups(replace(data, train=[job.recipe.method.center_on], eval=None), "demonstrations", 0)
-    for group in read.train[:RESPONSES]:
-        fit = chat.fitting(tokenizer, replace(group, responses=group.responses[:1]), data.max_length, None, tally)
-        if fit is not None:
-            prompt, (answer, *_) = fit
-            rows.append({"prompt_ids": prompt, "responses": [answer[: data.max_length - len(prompt)]]})
-    for line in fold_in(read.counts, tally, data.max_dropped):
-        job.say(line)
-    return rows
+        return []
+
+    def tokenized(groups, tally):
+        for group in groups[:RESPONSES]:
+            fit = chat.fitting(tokenizer, replace(group, responses=group.responses[:1]), data.max_length, None, tally)
+            if fit is not None:
+                prompt, (answer, *_) = fit
+                yield {"prompt_ids": prompt, "responses": [answer[: data.max_length - len(prompt)]]}
+
+    section, settings = replace(data, train=[job.recipe.method.center_on]), {"responses": RESPONSES}
+    rows, _ = further(job, section, "demonstrations", tokenizer, settings, tokenized)
+    return list(rows or [])
 
 
 def measured(

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align_cli.data import chat
-from align_cli.data.groups import read_groups
 from align_cli.recipe.rl import PpoRecipe
 from align_cli.rl.ppo import PPOTrainer
-from align_cli.training.job import Job, fold_in
+from align_cli.training.datasets import further
+from align_cli.training.job import Job
 
 
 def batches(
@@ -21,11 +21,11 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Micro-batches of demonstrations, seeded by the update's number, so that a resumed run gets the same."""
     data = job.recipe.data
-    read = read_groups(replace(data, train=[job.recipe.method.ptx], eval=None), "demonstrations", 0)
-    tally = chat.Tally()
-    rows = list(chat.sft_rows(tokenizer, read.train, max_length=data.max_length, last_turn_only=False, tally=tally))
-    for line in fold_in(read.counts, tally, data.max_dropped):
-        job.say(line)
+
+    def tokenized(groups, tally):
+        return chat.sft_rows(tokenizer, groups, max_length=data.max_length, last_turn_only=False, tally=tally)
+
+    rows, _ = further(job, replace(data, train=[job.recipe.method.ptx]), "demonstrations", tokenizer, {}, tokenized)
     draw = torch.Generator()
     while True:
         draw.manual_seed(job.recipe.seed * 1_000_003 + trainer.state.global_step * 4099 + trainer.micro_step % 4099)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from align_cli.data import chat
 from align_cli.data.groups import Count, Group, read_groups, stream_eval, stream_groups
 from align_cli.errors import DataError
+from align_cli.recipe.sections import Data
 from align_cli.recipe.stages import RowKind
 from align_cli.training.job import Job, fold_in
 from align_cli.training.prepared import Arranged, Report, Writer, prepare
@@ -69,6 +71,29 @@ def _write(job: Job, need: RowKind, tokenized: Tokenized, arranged: Arranged | N
     for name, _, tally in parts:
         refuse_if_empty(name, numbers[name], tally)
     return Report(groups.counts, counted=counted)
+
+
+def further(
+    job: Job,
+    data: Data,
+    need: RowKind,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    tokenized: Tokenized,
+) -> tuple[Dataset | None, list[Count]]:
+    """(rows, row counts) of the training sources of another data section, in their order; the rows are None if all are
+    dropped. Otherwise as `datasets`."""
+    data = replace(data, eval=None)
+
+    def make(writer: Writer) -> Report:
+        groups, tally = read_groups(data, need, 0, folder=writer.folder), chat.Tally()
+        writer.write("rows", tokenized(groups.train, tally))
+        for line in fold_in(groups.counts, tally, data.max_dropped):
+            writer.say(line)
+        return Report(groups.counts)
+
+    entry = prepare(job, tokenizer, data, settings | {"further": need}, make)
+    return entry.table("rows"), entry.report.counts
 
 
 def refuse_if_empty(name: str, rows: int, tally: chat.Tally) -> None:

@@ -97,22 +97,45 @@ class Writer:
         self.job.say(line)
         self.lines.append(line)
 
-    def write(self, name: str, rows: Iterable[Row], seed: int, arranged: Arranged | None = None) -> int:
-        """Write a table, with its rows in the order that `random.Random(seed).shuffle` gives a list of them, and then
-        as `arranged` returns them. Returns the number of rows. No more than a batch of them is in memory at a time."""
+    def write(
+        self,
+        name: str,
+        rows: Iterable[Row],
+        seed: int | None = None,
+        arranged: Arranged | None = None,
+        schema: pyarrow.Schema | None = None,
+    ) -> int:
+        """Write a table, with its rows in the order that `random.Random(seed).shuffle` gives a list of them (None: as
+        they come), and then as `arranged` returns them. Columns have the types of `schema`, or of TYPES. Returns the
+        number of rows. No more than a batch of them is in memory at a time."""
         file, before = self.folder / f"{name}.arrow", self.folder / f"{name}.before"
-        number = _write(before, _batches(rows))
-        if number:
+        number = _write(before, _batches(rows, schema))
+        if not number:
+            before.unlink()
+            return 0
+        before.replace(file)
+        if seed is not None:
             order = list(range(number))
             random.Random(seed).shuffle(order)
-            _write(file, _tables(Dataset.from_file(str(before)).select(order)))
-            if arranged is not None:
-                file.replace(before)
-                _write(file, _tables(arranged(name, Dataset.from_file(str(before)))))
-                for cached in self.folder.glob("cache-*"):  # where `Dataset.map` writes
-                    cached.unlink()
-        before.unlink()
+            self._rewrite(file, before, lambda name, rows: rows.select(order))
+        if arranged is not None:
+            self._rewrite(file, before, arranged)
         return number
+
+    def _rewrite(self, file: Path, before: Path, arranged: Arranged) -> None:
+        file.replace(before)
+        _write(file, _tables(arranged(file.stem, Dataset.from_file(str(before)))))
+        for left in (before, *self.folder.glob("cache-*")):  # `Dataset.map` writes the latter
+            left.unlink()
+
+
+def inferred(rows: Iterable[Row]) -> pyarrow.Schema:
+    """The types of columns whose cells are objects or text, from all rows, as `Dataset.from_list` finds them."""
+    rows, schema = iter(rows), pyarrow.schema([])
+    while part := list(islice(rows, BATCH)):
+        found = pyarrow.Table.from_pylist(part).schema
+        schema = pyarrow.unify_schemas([schema, found], promote_options="permissive")
+    return schema
 
 
 def prepare(
@@ -236,12 +259,12 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 # -- files
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
+def _batches(rows: Iterable[Row], schema: pyarrow.Schema | None) -> Iterator[pyarrow.RecordBatch]:
     rows = iter(rows)
     while part := list(islice(rows, BATCH)):
-        columns = {name: [row[name] for row in part] for name in part[0]}
-        arrays = [pyarrow.array(values, TYPES.get(name, INTS)) for name, values in columns.items()]
-        yield pyarrow.RecordBatch.from_arrays(arrays, list(columns))
+        if schema is None:
+            schema = pyarrow.schema([(name, TYPES.get(name, INTS)) for name in part[0]])
+        yield pyarrow.RecordBatch.from_pylist(part, schema)
 
 
 def _tables(rows: Dataset) -> Iterator[pyarrow.RecordBatch]:
