@@ -16,6 +16,7 @@ import random
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -225,7 +226,9 @@ def _report(folder: Path) -> Report:
 
 
 def _key(parts: list[Any], fingerprints: list[str]) -> str:
-    everything = [FORMAT, [manifest.version_of(name) for name in LIBRARIES], _code(), fingerprints, parts]
+    # a hub id whose commit is not known may be other rows next time
+    unknown = [uuid.uuid4().hex for one in fingerprints if "@unknown:" in one]
+    everything = [unknown, FORMAT, [manifest.version_of(name) for name in LIBRARIES], _code(), fingerprints, parts]
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

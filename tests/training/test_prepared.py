@@ -195,6 +195,15 @@ def test_the_key_covers_all_that_rows_depend_on(here, tok, monkeypatch):
     assert not made(data)
 
 
+def test_a_hub_id_without_a_known_commit_is_prepared_anew(here, tok, monkeypatch):
+    for module in ("align_cli.data.groups", "align_cli.training.prepared"):
+        monkeypatch.setattr(f"{module}.fingerprint", lambda source: f"hub:{source.path}@unknown:train")
+    data = Data(train="a.jsonl", max_length=140, max_dropped=1.0)
+    training.datasets(job(data), "preferences", tok, {}, pairs(tok))
+    project.write_rows(Path("a.jsonl"), [{"prompt": "new", "chosen": "yes", "rejected": "no"}])
+    assert len(training.datasets(job(data), "preferences", tok, {}, pairs(tok)).train) == 1
+
+
 def test_errors_are_raised_each_time(here, tok):
     for _ in range(2):
         with pytest.raises(DataError, match=r"^missing\.jsonl: no such file"):
