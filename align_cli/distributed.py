@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,8 +17,6 @@ from align_cli.errors import AlignError, LaunchError
 from align_cli.hardware import Machine
 
 Value = TypeVar("Value")
-FOREVER = timedelta(days=30)
-"""Time-out where ranks wait for work of unknown length."""
 
 
 def rank() -> int:
@@ -104,29 +102,23 @@ def broadcast(value: Value | None) -> Value:
     return box[0]
 
 
-def from_main(make: Callable[[], Value]) -> Value:
-    """The result of `make()`, which only rank 0 calls, on every rank, however long that takes: the time-out of
-    collectives does not apply. If it raises an AlignError, every rank raises it.
+def from_rank_0(decide: Callable[[], Value]) -> Value:
+    """What `decide` returns on rank 0, on every rank; the others do not call it. For whatever depends on files: hosts
+    may see a change of a shared folder at different times, and ranks that disagree wait for each other forever.
+
+    Raises on every rank the AlignError that `decide` raises.
     """
-    if world_size() == 1:
-        return make()
-    # created by all ranks at the same time; only the broadcast below waits for rank 0
-    waiting = torch.distributed.new_group(backend="gloo", timeout=FOREVER)
-    told: list[Any] = [None, None]
-    try:
-        if rank() == 0:
-            told = [make(), None]
-    except AlignError as error:
-        told = [None, error]
-    except BaseException as error:
-        told = [None, RuntimeError(f"rank 0 failed ({type(error).__name__}: {error})")]
-        raise
-    finally:
-        torch.distributed.broadcast_object_list(told, src=0, group=waiting, device=torch.device("cpu"))
-        torch.distributed.destroy_process_group(waiting)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+    value: Value | None = None
+    error: AlignError | None = None
+    if rank() == 0:
+        try:
+            value = decide()
+        except AlignError as raised:
+            error = raised
+    value, error = broadcast((value, error))
+    if error is not None:
+        raise error
+    return value
 
 
 def gather(value: Value) -> list[Value]:

@@ -28,25 +28,27 @@ def begin(job: Job[CaiRecipe], journal: RowJournal, constitution: Constitution) 
 
     Raises DataError if prompts or principles have changed since the existing rows were made.
     """
+    distributed.from_rank_0(lambda: _begin(job, journal, constitution))
+
+
+def _begin(job: Job[CaiRecipe], journal: RowJournal, constitution: Constitution) -> None:
     recipe, file = job.recipe, job.run.path / ".began.json"
     sources = [*recipe.data.train, *(recipe.method.harmless or [])]
     today = {constitution.path: constitution.sha256} | {source.path: fingerprint(source) for source in sources}
-    before = distributed.broadcast(json.loads(file.read_text()) if job.main and file.is_file() else None)
-    changed = [path for path in today if before is not None and before.get(path) != today[path]]
+    before = json.loads(file.read_text()) if file.is_file() else today
+    changed = [path for path in today if before.get(path) != today[path]]
     if changed:
         raise DataError(
             f"{changed[0]}: has changed since {job.run.path} began; put it back to finish that run, or start anew with "
             "force=true"
         )
-    if job.main:
-        write_atomically(file, json.dumps(today))
-        shutil.copyfile(constitution.path, job.run.path / audit.CONSTITUTION)
-        for phase in ("answers", "revisions", "pairs") if recipe.method.rows else ():
-            given = Path(recipe.method.rows) / f"{phase}.jsonl"
-            if phase not in recipe.method.phases and given.is_file() and not journal.file(phase).is_file():
-                shutil.copyfile(given, journal.file(f".{phase}"))
-                journal.file(f".{phase}").replace(journal.file(phase))
-    distributed.barrier()
+    write_atomically(file, json.dumps(today))
+    shutil.copyfile(constitution.path, job.run.path / audit.CONSTITUTION)
+    for phase in ("answers", "revisions", "pairs") if recipe.method.rows else ():
+        given = Path(recipe.method.rows) / f"{phase}.jsonl"
+        if phase not in recipe.method.phases and given.is_file() and not journal.file(phase).is_file():
+            shutil.copyfile(given, journal.file(f".{phase}"))
+            journal.file(f".{phase}").replace(journal.file(phase))
 
 
 def on_revisions(job: Job[CaiRecipe], journal: RowJournal, chains: list[Row]) -> Outcome:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.models import prepare_deepspeed
 
+from align_cli import distributed
 from align_cli.compat.trl_private import PreparedRows
 from align_cli.model import kind, load
 from align_cli.model.lora import peft_config
@@ -96,10 +97,8 @@ class DpoTrainer(PreparedRows, DPOTrainer):
         """The rows with the reference's log-probabilities, read from the cache or computed and cached."""
         if isinstance(dataset, IterableDataset):
             return super().with_reference(dataset, name, batch_size)
-        file = self.reference_cache / f"{self._key(dataset)}.safetensors"
-        if file.is_file():
-            columns = load_file(file)
-        else:
+        file, columns = distributed.from_rank_0(lambda: self._cached(dataset))
+        if columns is None:
             columns = self._reference_log_probs(dataset, batch_size)
             if self.accelerator.is_main_process:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +109,11 @@ class DpoTrainer(PreparedRows, DPOTrainer):
         for column in COLUMNS:
             dataset = dataset.add_column(column, columns[column].numpy())
         return dataset
+
+    def _cached(self, dataset: Dataset) -> tuple[Path, dict[str, torch.Tensor] | None]:
+        """The cache file of these rows and its contents, or None if there is none."""
+        file = self.reference_cache / f"{self._key(dataset)}.safetensors"
+        return file, load_file(file) if file.is_file() else None
 
     def _key(self, dataset: Dataset) -> str:
         """The cache file's name: a hash of reference model, token ids (hence data and template) and `ld_alpha`."""

@@ -104,11 +104,8 @@ class Rounds(ABC, Generic[LoopRecipe]):
         job, start, done = self.job, self.job.recipe.model.path, []
         for number in self.numbers:
             run = RunDirectory(self.folder(number))
-            finished = job.main and run.state() == "finished"
-            made = distributed.broadcast(manifest.read(run.path) if finished else None)
+            made = distributed.from_rank_0(lambda run=run: _finished(run))
             if made is not None:
-                if lines := manifest.changed_parents(made):
-                    raise UpstreamError(f"{run.path}: its {lines[0]}; start the loop anew with force=true")
                 if not self.before(number, made["sampled"]):
                     break
                 job.say(f"{run.path} is finished")
@@ -169,14 +166,18 @@ class Rounds(ABC, Generic[LoopRecipe]):
         base = self.job.base
         if number != self.numbers[0]:
             recipe, base = replace(recipe, model=replace(recipe.model, path=start)), start
-        if self.job.main:
+
+        def merged() -> str:
             run.path.mkdir(parents=True, exist_ok=True)
-            if kind.look(base).kind == "adapter":
-                # the reference is the merged model, not the adapter's base
-                base = str(run.path / "base")
-                if not Path(base).is_dir():
-                    lora.merge(start, Path(base), trust_remote_code=recipe.model.trust_remote_code)
-        base = distributed.broadcast(base)
+            if kind.look(base).kind != "adapter":
+                return base
+            # the reference is the merged model, not the adapter's base
+            folder = run.path / "base"
+            if not folder.is_dir():
+                lora.merge(start, folder, trust_remote_code=recipe.model.trust_remote_code)
+            return str(folder)
+
+        base = distributed.from_rank_0(merged)
         fingerprint = kind.fingerprint(base) if recipe.lora and self.job.main else None
         return replace(self.job, recipe=recipe, run=run, base=base, base_fingerprint=fingerprint)
 
@@ -237,6 +238,14 @@ class Rounds(ABC, Generic[LoopRecipe]):
             rows = [json.loads(b) | {"before": json.loads(a)["before"]} for a, b in zip(first, final, strict=True)]
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomically(self.job.run.samples, text)
+
+
+def _finished(run: RunDirectory) -> dict[str, Any] | None:
+    """The manifest of a finished round. Raises UpstreamError if its parents have changed."""
+    made = manifest.read(run.path) if run.state() == "finished" else None
+    if made is not None and (lines := manifest.changed_parents(made)):
+        raise UpstreamError(f"{run.path}: its {lines[0]}; start the loop anew with force=true")
+    return made
 
 
 def _link(source: Path, target: Path) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from align_cli import distributed
+
 if TYPE_CHECKING:
     from align_cli.rl.rollouts import Rollouts
 
@@ -30,7 +32,7 @@ class WeightAverage(TrainerCallback):
         parameters = self.trainer.policy_parameters()
         self.averages = {name: _part(parameter).float().clone() for name, parameter in parameters.items()}
         file = self._file(args, state, parameters)
-        if state.global_step and file.is_file():
+        if state.global_step and distributed.from_rank_0(file.is_file):
             self.averages = {name: tensor.to(self.averages[name].device) for name, tensor in load_file(file).items()}
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
+from align_cli import distributed
 from align_cli.compat import libraries
 from align_cli.recipe.rewards import Guard
 
@@ -123,8 +124,11 @@ class GuardCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-        if state.global_step and file.is_file():
-            record, guards = json.loads(file.read_text()), self.guards
+        record = distributed.from_rank_0(
+            lambda: json.loads(file.read_text()) if state.global_step and file.is_file() else None
+        )
+        if record is not None:
+            guards = self.guards
             self.trainer.kl_coefficient = record["beta"]
             guards.seen, guards.best, guards.raised = record["seen"], record["best"], record["raised"]
             self.saved_best, state.best_model_checkpoint = record["saved_best"], record["best_checkpoint"]
@@ -132,7 +136,7 @@ class GuardCallback(TrainerCallback):
     def roll_back(self) -> bool:
         """Load the best checkpoint's weights if a guard asks for it and one exists. Returns whether it did."""
         best = self.trainer.state.best_model_checkpoint
-        if self.guards.rollback and best and Path(best).is_dir():
+        if self.guards.rollback and best and distributed.from_rank_0(Path(best).is_dir):
             libraries.load_best_model(self.trainer)
             self.guards.say(f"rolled back to {best}")
             return True

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from align_cli import distributed
 from align_cli.compat.libraries import exchange_gradients
 from align_cli.rl.backbone import POLICY, VALUE, SharedBackbone
 from align_cli.rl.losses import clipped_value_loss
@@ -113,7 +114,7 @@ class ValueHead(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE
-        if state.global_step and file.is_file():
+        if state.global_step and distributed.from_rank_0(file.is_file):
             self.head.load_state_dict(load_file(file))
 
 

@@ -20,7 +20,7 @@ from align_cli.model.zero import deepspeed_config
 from align_cli.recipe.check import from_tree
 from align_cli.recipe.sections import Recipe
 from align_cli.rewards import function
-from align_cli.run import batch, environment, manifest, preflight, prepare
+from align_cli.run import batch, environment, manifest, preflight, prepare, shared
 from align_cli.run.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -38,7 +38,12 @@ def as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int
     message: dict[str, Any] = {}
     if distributed.rank() != 0:
         message = distributed.broadcast(None)
-        return message["code"] if "code" in message else _stage(stage, message["run"], message["recipe"])
+        if "code" in message:
+            return message["code"]
+        try:
+            return _stage(stage, message["run"], message["recipe"])
+        except AlignError as error:  # rank 0 raises it, too, and prints it
+            return error.exit_code
     try:
         plan = preflight.load(stage, arguments, starting=True)
         run = prepare.begin(plan, say)
@@ -61,7 +66,7 @@ def run(stage: str, path: Path) -> int:
 
     _end_with_parent()
     distributed.join()
-    # rank 0 broadcasts the recipe, so that hosts need not share a file system for it
+    # rank 0 broadcasts the recipe: whether all hosts see the run directory is checked next
     own = (path / "recipe.yaml").read_text(encoding="utf-8") if distributed.rank() == 0 else None
     return _stage(stage, str(path), distributed.broadcast(own))
 
@@ -81,6 +86,8 @@ def _stage(stage: str, path: str, text: str) -> int:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(environment.free_port())
         distributed.join()
+    if ranks > 1:
+        shared.check(run_directory.path, prepare.CACHE)
     if rank != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  libraries print on every rank
     distributed.use_local_device()
@@ -141,19 +148,18 @@ def _merge_adapter_parents(job: Job) -> None:
     from align_cli import distributed
 
     reference = job.recipe.reference_path()
-    job.base = _merged(job, "base", job.recipe.model.path)
-    job.reference = reference and _merged(job, "reference", reference)
-    distributed.barrier()
+    job.base = distributed.from_rank_0(lambda: _merged(job, "base", job.recipe.model.path))
+    job.reference = reference and distributed.from_rank_0(lambda: _merged(job, "reference", reference))
 
 
 def _merged(job: Job, name: str, path: str) -> str:
-    """The path itself, or, for an adapter, where in the run the model is that it stands for; rank 0 writes it."""
+    """The path itself, or, for an adapter, where in the run the model is that it stands for. On rank 0."""
     from align_cli.model import lora
 
     if kind.look(path).kind != "adapter":
         return path
     folder = job.run.path / name
-    if job.main and not folder.is_dir():
+    if not folder.is_dir():
         job.say(f"merging the adapter {path} into its base")
         lora.merge(path, folder, trust_remote_code=job.recipe.model.trust_remote_code)
     return str(folder)

@@ -116,8 +116,9 @@ class RowJournal:
         if signal and len(every) < total:
             raise Stopped(signal)
         ordered = self.write(name, [every[number] for number in sorted(every)])
-        for part in self._parts(name):
-            part.unlink(missing_ok=True)
+        if self.job.main:
+            for part in self._parts(name):
+                part.unlink(missing_ok=True)
         if signal:
             raise Stopped(signal)
         return ordered
@@ -165,14 +166,13 @@ class RowJournal:
         """Rows of complete units from earlier attempts on any number of ranks. Rows of incomplete units are dropped."""
         by_number: dict[int, Row] = {}
         # the phase's own file may be incomplete, too
-        for part in [self.file(name), *self._parts(name)]:
+        for part in [self.file(name), *self._parts(name)] if self.job.main else ():
             by_number |= {row["row"]: row for row in read_rows(part)} if part.is_file() else {}
-        # hosts need not share a file system
-        by_number = {number: row for theirs in distributed.gather(by_number) for number, row in theirs.items()}
+        by_number = distributed.broadcast(by_number)
         whole = {row for unit in units if all(number in by_number for number in unit) for row in unit}
-        if (own := self._part(name)).is_file():
-            rows = [row for row in read_rows(own) if row["row"] in whole]
-            write_atomically(own, "".join(map(_line, rows)))
+        for part in self._parts(name) if self.job.main else ():
+            rows = [row for row in read_rows(part) if row["row"] in whole]
+            write_atomically(part, "".join(map(_line, rows)))
         distributed.barrier()
         return {number: row for number, row in by_number.items() if number in whole}
 
@@ -186,7 +186,9 @@ class RowJournal:
 
     def spent(self) -> dict[str, dict[str, int]]:
         """Token usage of every generator, over all ranks and all attempts."""
-        files = {file.name: file.read_text(encoding="utf-8") for file in self.folder.glob(".usage-*.jsonl")}
+        # another host's new file may not be in this host's listing yet, so each rank reads its own
+        pattern = ".usage-*.jsonl" if self.job.main else f".usage-{self.job.rank}.jsonl"
+        files = {file.name: file.read_text(encoding="utf-8") for file in self.folder.glob(pattern)}
         totals: dict[str, Counter[str]] = {}
         for text in {name: text for theirs in distributed.gather(files) for name, text in theirs.items()}.values():
             for line in text.splitlines():

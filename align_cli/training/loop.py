@@ -6,12 +6,14 @@ import json
 import math
 import platform
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from align_cli import distributed
 from align_cli.compat.trl_private import trained_tokens
 from align_cli.data.groups import Count
 from align_cli.run.directory import COMPLETE, trim_metrics
@@ -56,21 +58,7 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
         *([last] if last else []),
     ):
         trainer.add_callback(callback)
-    if job.main:
-        job.run.drop_half_written()
-    trainer.accelerator.wait_for_everyone()
-    resume = job.run.latest_checkpoint()
-    if resume is not None:
-        step = json.loads((resume / "trainer_state.json").read_text())["global_step"]
-        check_resumable(resume, step, job)
-        if job.main:
-            trim_metrics(job.run.metrics, step)
-        job.say(f"resuming from step {step} ({resume})")
-    elif job.main:
-        job.run.metrics.unlink(missing_ok=True)
-    if job.main:
-        job.run.checkpoints.mkdir(parents=True, exist_ok=True)
-        record(job)
+    resume = distributed.from_rank_0(lambda: _starting_point(job))
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.received is not None:
         return {}, stop.received
@@ -81,6 +69,22 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
         trainer.evaluate()
         final |= metrics.last
     return {key: value for key, value in final.items() if key not in ("step", "epoch") and _finite(value)}, None
+
+
+def _starting_point(job: Job) -> Path | None:
+    """The checkpoint to resume from, if any, on rank 0, which makes the run directory agree with it."""
+    job.run.drop_half_written()
+    resume = job.run.latest_checkpoint()
+    if resume is None:
+        job.run.metrics.unlink(missing_ok=True)
+    else:
+        step = json.loads((resume / "trainer_state.json").read_text())["global_step"]
+        check_resumable(resume, step, job)
+        trim_metrics(job.run.metrics, step)
+        job.say(f"resuming from step {step} ({resume})")
+    job.run.checkpoints.mkdir(parents=True, exist_ok=True)
+    record(job)
+    return resume
 
 
 def _peak_memory() -> int:

@@ -175,7 +175,7 @@ def prepare(
         prune(root)
         return folder
 
-    folder = distributed.from_main(found_or_made)
+    folder = distributed.from_rank_0(found_or_made)
     until = time.monotonic() + VISIBLE
     while not (folder / REPORT).is_file():
         if time.monotonic() > until:

@@ -7,6 +7,7 @@ import json
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from align_cli import distributed
 from align_cli.data import chat
 from align_cli.data.prompts import as_messages, sample_prompts
 from align_cli.model import zero
@@ -25,7 +26,8 @@ class Samples:
 
     def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase):
         self.job, self.tokenizer = job, tokenizer
-        self.rows = sample_prompts(job.recipe.samples, tokenizer) if job.recipe.samples else []
+        wanted = job.recipe.samples
+        self.rows = distributed.from_rank_0(lambda: sample_prompts(wanted, tokenizer)) if wanted else []
         self.before = job.run.path / BEFORE
 
     def answer(self, trainer: Trainer, when: str) -> None:
@@ -35,7 +37,7 @@ class Samples:
         """
         if not self.rows:
             return
-        if when == "before" and (self.before.is_file() or self.job.run.latest_checkpoint()):
+        if when == "before" and distributed.from_rank_0(self._began):
             return
         self.job.say(f"answering {len(self.rows)} sample prompts, {when}")
         answers = self._generate(trainer)
@@ -51,6 +53,10 @@ class Samples:
         ]
         write_atomically(self.job.run.samples, "\n".join(lines) + "\n")
         self.before.unlink(missing_ok=True)
+
+    def _began(self) -> bool:
+        """Whether an earlier attempt has answered the prompts, or trained."""
+        return self.before.is_file() or self.job.run.latest_checkpoint() is not None
 
     def _generate(self, trainer: Trainer) -> list[str]:
         model = trainer.accelerator.unwrap_model(trainer.model)
