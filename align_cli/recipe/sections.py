@@ -201,6 +201,8 @@ class Launch:
     """Use only the first num_nodes hosts of the hostfile."""
     node_rank: Annotated[int, Field(ge=0)] | None = None
     """Start only this host's ranks, without ssh; run one `align` command on each host."""
+    ssh: Annotated[str, Field(min_length=1)] = "ssh"
+    """Command that reaches another host, such as `ssh -p 2222`. It must not ask for a password."""
     master_addr: str | None = None
     """Address of rank 0. Default: the first host."""
     master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -344,6 +346,11 @@ class Recipe:
     def compared_columns(self) -> list[str]:
         """Data columns that rewards compare responses with."""
         return list(dict.fromkeys(source.verify.column for _, source in self.reward_sources() if source.verify))
+
+    def secrets(self) -> list[str]:
+        """Names of the environment variables that hold keys of endpoints."""
+        judges = [source.judge for _, source in self.judges()]
+        return [source.key_env for source in [*judges, *(one for _, one in self.generators())] if source.key_env]
 
     def judges(self) -> list[tuple[str, RewardSource]]:
         """(key, source) of every reward computed by a judge."""

@@ -6,6 +6,7 @@ give different values on each rank. The parent imports no torch unless it is the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from align_cli.recipe.sections import Launch
 from align_cli.rewards import function
-from align_cli.run import devices, environment, preflight
+from align_cli.run import devices, environment, hosts, preflight
 from align_cli.run.directory import RunDirectory
-from align_cli.run.prepare import begin
+from align_cli.run.prepare import begin, check
 from align_cli.signals import caught_by
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
     launch = plan.recipe.launch
     if launch.node_rank:
         # the run is prepared on rank 0's host; this host only starts its ranks
-        return _ranks(stage, RunDirectory(plan.recipe.run_dir), launch)
+        if check(plan, say) is None:
+            return 0
+        say(f"waiting for rank 0 at {launch.master_addr}:{launch.master_port or hosts.MASTER_PORT}")
+        return ranks(stage, RunDirectory(plan.recipe.run_dir), launch)
     run = begin(plan, say)
     if run is None:
         return 0
@@ -81,8 +85,10 @@ def start(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
             from align_cli.run import worker
 
             code = worker.run(stage, run.path)
+        elif launch.hostfile is None or launch.node_rank is not None:
+            code = ranks(stage, run, launch)
         else:
-            code = _ranks(stage, run, launch)
+            code = hosts.run(stage, run.path, launch, secrets=plan.recipe.secrets())
     finally:
         if code == 2 and plan.state == "absent" and not run.begun():
             run.discard()
@@ -104,7 +110,7 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
         line += ["--master_addr", launch.master_addr or "127.0.0.1"]
         line += ["--master_port", str(launch.master_port or environment.free_port())]
     else:
-        line += ["--hostfile", launch.hostfile, "--master_port", str(launch.master_port or 29500)]
+        line += ["--hostfile", launch.hostfile, "--master_port", str(launch.master_port or hosts.MASTER_PORT)]
         if launch.num_gpus:
             # --num_gpus would start that many ranks on hosts with fewer slots, too
             slots = devices.slots(launch).items()
@@ -120,17 +126,31 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
     return [*line, "--quiet", "--no_local_rank", "--module", "align_cli.run.worker", stage, str(run), *allow]
 
 
-def _ranks(stage: str, run: RunDirectory, launch: Launch) -> int:
-    """Start the launcher and wait. Signals are sent to the ranks directly, which finish their step, write a checkpoint
-    and stop; the launcher would kill them after 30 seconds."""
+def ranks(stage: str, run: RunDirectory, launch: Launch) -> int:
+    """Start this host's ranks and wait for them. Returns the exit code; raises LaunchError if rank 0's port is taken.
+
+    Signals are sent to the ranks directly, which finish their step, write a checkpoint and stop; the launcher would
+    kill them after 30 seconds. A second signal kills them.
+    """
+    import psutil
+
+    if launch.master_port and not launch.node_rank:
+        environment.check_port(launch.master_port)
     variables = environment.of_ranks(launch)
+    if launch.hostfile is not None:
+        variables.setdefault(environment.HOST, list(devices.hosts(launch.hostfile))[launch.node_rank or 0])
     launcher = subprocess.Popen(command(stage, run.path, launch), env=variables, start_new_session=True)
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        for rank in _rank_processes(launcher.pid):
-            rank.send_signal(signal.SIGTERM if len(received) < 2 else signal.SIGKILL)
+        started = _rank_processes(launcher.pid)
+        if len(received) > 1 or not started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+        for rank in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM)
 
     with caught_by(pass_on):
         code = launcher.wait()
@@ -142,15 +162,12 @@ def _ranks(stage: str, run: RunDirectory, launch: Launch) -> int:
 def _rank_processes(launcher: int) -> list[psutil.Process]:
     import psutil
 
-    try:
-        below = psutil.Process(launcher).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-    # intermediate launchers also have the worker's module in their command line, and kill it on a signal
-    return [
-        child
-        for child in below
-        if child.is_running()
-        and "align_cli.run.worker" in child.cmdline()
-        and not any(word.startswith("deepspeed.launcher") for word in child.cmdline())
-    ]
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(launcher).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                words = child.cmdline()
+                # intermediate launchers also have the worker's module in their command line, and kill it on a signal
+                if "align_cli.run.worker" in words and not any(word.startswith("deepspeed.launcher") for word in words):
+                    found.append(child)
+    return found

@@ -19,27 +19,13 @@ CACHE = Path("runs/.cache")
 def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
     """Lock the run directory and write recipe.yaml into it; returns None if it holds a finished, unchanged run.
 
-    A finished run of another recipe is renamed, never overwritten. Raises UpstreamError for an unfinished run of
-    another recipe or of parents that have changed, whose checkpoints this one must not continue, and LaunchError if
-    another process uses it or its disk is too small.
+    A finished run of another recipe is renamed, never overwritten. Raises UpstreamError as `check` does, and
+    LaunchError if another process uses the run or its disk is too small.
     """
+    differs = check(plan, say)
+    if differs is None:
+        return None
     run = RunDirectory(plan.recipe.run_dir)
-    again = f"align {plan.composed.stage} recipe={run.recipe}"
-    if plan.state in ("finished", "unfinished"):
-        same, differs = preflight.unchanged(plan)
-        if plan.state == "finished" and same and not plan.recipe.force:
-            say(f"{run.path} is finished and unchanged; nothing to do (force=true runs it again)")
-            return None
-        if plan.state == "unfinished" and not same and not plan.recipe.force:
-            raise UpstreamError(
-                f"{run.path}: holds an unfinished run of another recipe ({_shortened(differs)}); finish it with "
-                f"`{again}`, or start over with force=true"
-            )
-        inputs = manifest.inputs(run) if plan.state == "unfinished" and not plan.recipe.force else None
-        if inputs and (changed := preflight.changed_inputs(inputs)):
-            raise UpstreamError(
-                f"{run.path}: is unfinished, and its {_shortened(changed)}; restore it, or start over with force=true"
-            )
     if plan.storage is not None and (problem := plan.storage.problem()):
         raise LaunchError(f"run_dir: {run.path}: {problem}")
     run.lock()
@@ -52,9 +38,36 @@ def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
         run.lock()
     tree = to_tree(plan.recipe) | {"force": False}
     tree["data"] |= {"date": preflight.date_of(plan)}
-    head = f"# {again}   repeats this run\n"
+    head = f"# align {plan.composed.stage} recipe={run.recipe}   repeats this run\n"
     write_atomically(run.recipe, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     return run
+
+
+def check(plan: Plan, say: Callable[[str], None]) -> list[str] | None:
+    """The differences between the recipe and the run in its directory, empty without a run; None if that run is
+    finished and unchanged, so that nothing is to do. Writes nothing.
+
+    Raises UpstreamError for an unfinished run of another recipe or of parents that have changed, whose checkpoints this
+    one must not continue.
+    """
+    run, recipe = RunDirectory(plan.recipe.run_dir), plan.recipe
+    if plan.state not in ("finished", "unfinished"):
+        return []
+    same, differs = preflight.unchanged(plan)
+    if plan.state == "finished" and same and not recipe.force:
+        say(f"{run.path} is finished and unchanged; nothing to do (force=true runs it again)")
+        return None
+    if plan.state == "unfinished" and not same and not recipe.force:
+        raise UpstreamError(
+            f"{run.path}: holds an unfinished run of another recipe ({_shortened(differs)}); finish it with "
+            f"`align {plan.composed.stage} recipe={run.recipe}`, or start over with force=true"
+        )
+    inputs = manifest.inputs(run) if plan.state == "unfinished" and not recipe.force else None
+    if inputs and (changed := preflight.changed_inputs(inputs)):
+        raise UpstreamError(
+            f"{run.path}: is unfinished, and its {_shortened(changed)}; restore it, or start over with force=true"
+        )
+    return differs
 
 
 def _shortened(differs: list[str]) -> str:

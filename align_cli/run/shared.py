@@ -7,12 +7,12 @@ their file system. A host with a folder of its own under the same path would tra
 from __future__ import annotations
 
 import secrets
-import socket
 import time
 from pathlib import Path
 
 from align_cli import distributed
 from align_cli.errors import LaunchError
+from align_cli.run import environment
 
 PATIENCE = 20.0
 """Seconds in which a new file must become visible; network file systems keep listings for some time."""
@@ -26,7 +26,7 @@ def check(run: Path, cache: Path) -> None:
     folders = {"run_dir": run, "working directory": cache}
     token = distributed.from_rank_0(lambda: _write(list(folders.values())))
     missing = [key for key, folder in folders.items() if not _appears(folder / f".shared-{token}")]
-    reports = distributed.gather((socket.gethostname(), missing))
+    reports = distributed.gather((environment.host(), missing))
     if distributed.rank() == 0:
         for folder in folders.values():
             (folder / f".shared-{token}").unlink(missing_ok=True)

@@ -33,17 +33,26 @@ def as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int
     Rank 0 composes, checks and prepares the run, and broadcasts the recipe or an exit code to the others.
     """
     from align_cli import distributed
+    from align_cli.run import watch
 
+    environment.use_interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     distributed.join()
+    try:
+        with watch.watched():
+            return _as_rank(stage, arguments, say)
+    except AlignError as error:
+        if distributed.rank() == 0:  # the command line prints it once
+            raise
+        return error.exit_code
+
+
+def _as_rank(stage: str, arguments: list[str], say: Callable[[str], None]) -> int:
+    from align_cli import distributed
+
     message: dict[str, Any] = {}
     if distributed.rank() != 0:
         message = distributed.broadcast(None)
-        if "code" in message:
-            return message["code"]
-        try:
-            return _stage(stage, message["run"], message["recipe"])
-        except AlignError as error:  # rank 0 raises it, too, and prints it
-            return error.exit_code
+        return message["code"] if "code" in message else _stage(stage, message["run"], message["recipe"])
     try:
         plan = preflight.load(stage, arguments, starting=True)
         run = prepare.begin(plan, say)
@@ -63,12 +72,15 @@ def run(stage: str, path: Path) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _stage(stage, str(path), (path / "recipe.yaml").read_text(encoding="utf-8"))
     from align_cli import distributed
+    from align_cli.run import watch
 
     _end_with_parent()
+    environment.use_interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     distributed.join()
-    # rank 0 broadcasts the recipe: whether all hosts see the run directory is checked next
-    own = (path / "recipe.yaml").read_text(encoding="utf-8") if distributed.rank() == 0 else None
-    return _stage(stage, str(path), distributed.broadcast(own))
+    with watch.watched():
+        # rank 0 sends the recipe: whether all hosts see the run directory is checked next
+        recipe = distributed.from_rank_0(lambda: (path / "recipe.yaml").read_text(encoding="utf-8"))
+        return _stage(stage, str(path), recipe)
 
 
 def _stage(stage: str, path: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from align_cli import driver
 from align_cli.errors import LaunchError
 from align_cli.recipe.sections import Launch
-from align_cli.run import launch
+from align_cli.run import environment as environment_of
+from align_cli.run import hosts, launch
+from align_cli.run.directory import RunDirectory
 from align_cli.run.environment import of_ranks, quiet
 
 
@@ -236,3 +239,29 @@ def test_what_the_launcher_gives_to_ranks(four, here, monkeypatch, accelerators)
     assert [given["CUDA_VISIBLE_DEVICES"] for given, *_ in ranks] == [shown] * 2, "it sets this for CPU ranks, too"
     assert {(kept["CUDA_VISIBLE_DEVICES"], kept["HIP_VISIBLE_DEVICES"]) for _, kept, _ in ranks} == {("", "-1")}
     assert [argv for *_, argv in ranks] == [["dpo", str(here)]] * 2
+
+
+def test_hosts_get_what_ranks_need(environment):
+    environment.update(HF_HOME="/cache", HF_TOKEN="secret", JUDGE_KEY="key", EDITOR="vi", CUDA_VISIBLE_DEVICES="3")
+    exported = environment_of.exported(["JUDGE_KEY", "ABSENT"])
+    assert exported.items() >= {"HF_HOME": "/cache", "HF_TOKEN": "secret", "JUDGE_KEY": "key"}.items()
+    assert not exported.keys() & {"EDITOR", "CUDA_VISIBLE_DEVICES", "ABSENT", environment_of.PARENT}
+
+
+def test_a_port_that_is_taken_is_one_line(here):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"launch.master_port: {port} cannot be used"):
+            launch.ranks("sft", RunDirectory(here), Launch(num_gpus=2, master_port=port))
+    environment_of.check_port(port)
+
+
+def test_hosts_of_this_machine_need_no_ssh():
+    assert all(map(hosts.is_this_machine, ("localhost", "127.0.0.1", "127.0.0.2", socket.gethostname())))
+    assert not any(map(hosts.is_this_machine, ("192.0.2.1", "host.invalid")))
+
+
+def test_other_hosts_cannot_reach_a_loopback_address(here):
+    (here / "hosts").write_text("localhost slots=1\n192.0.2.1 slots=1\n")
+    with pytest.raises(LaunchError, match="other hosts cannot reach the first one as localhost"):
+        hosts.run("sft", here, Launch(hostfile="hosts"), [])

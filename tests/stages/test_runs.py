@@ -202,6 +202,7 @@ def test_two_hosts_of_a_hostfile(one, home):
     assert [node.returncode for node in nodes] == [0, 0], said
     assert manifest(home / "runs" / "hosts" / stage)["world_size"] == 2
     assert losses(home / "runs" / "hosts" / stage) == pytest.approx(losses(run), rel=1e-3)
+    assert "nothing to do" in ok(*words, "launch.node_rank=1", cwd=home)
 
 
 def test_the_launcher_may_be_called_by_hand(one, home):
