@@ -1,6 +1,9 @@
 """Process group of the ranks, communication between them, and the device of each.
 
-Every function also works in a single process. Functions that communicate must be called on all ranks.
+Every function also works in a single process. Functions that communicate must be called on all ranks. They have a
+process group of their own, in which ranks wait for each other for as long as it takes: preparing data, answering and
+judging take hours, and not the same hours on every rank. `run.watch` ends ranks that wait for a dead one. Where such a
+phase is followed by a collective of a library, `barrier` must come between, since that one times out.
 """
 
 from __future__ import annotations
@@ -17,6 +20,12 @@ from align_cli.errors import AlignError, LaunchError
 from align_cli.hardware import Machine
 
 Value = TypeVar("Value")
+
+COLLECTIVE = timedelta(minutes=30)
+"""Time-out of the libraries' collectives: ranks enter them together, so that a longer wait is a fault."""
+MESSAGE = timedelta(days=30)
+"""Time-out of this module's own."""
+_messages: torch.distributed.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -73,24 +82,33 @@ def machine() -> Machine:
 
 
 def join() -> None:
-    """Create the process group, which libraries then reuse."""
+    """Create the process groups. Libraries reuse the first. Raises LaunchError if the ranks cannot meet."""
+    global _messages
     if not torch.distributed.is_initialized():
         use_local_device()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+        try:
+            torch.distributed.init_process_group(backend, timeout=COLLECTIVE)
+            _messages = torch.distributed.new_group(backend="gloo", timeout=MESSAGE)
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise LaunchError(
+                f"launch.master_addr: ranks cannot meet at {where} ({str(error).splitlines()[0]}); rank 0 must listen "
+                "there and all hosts must reach it; set launch.master_addr or launch.master_port"
+            ) from None
 
 
 def leave() -> None:
     """Wait for all ranks, since the launcher kills the others once one exits with an error, then destroy the group."""
     if world_size() > 1:
-        torch.distributed.barrier()
+        barrier()
         torch.distributed.destroy_process_group()
 
 
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        torch.distributed.barrier()
+        torch.distributed.barrier(_messages)
 
 
 def broadcast(value: Value | None) -> Value:
@@ -98,7 +116,7 @@ def broadcast(value: Value | None) -> Value:
     if world_size() == 1:
         return value
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=_messages)
     return box[0]
 
 
@@ -126,7 +144,7 @@ def gather(value: Value) -> list[Value]:
     if world_size() == 1:
         return [value]
     values: list[Value] = [value] * world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=_messages)
     return values
 
 
@@ -134,6 +152,6 @@ def largest(value: int) -> int:
     """The maximum over all ranks, on every rank."""
     if world_size() == 1:
         return value
-    number = torch.tensor([value], device=device())
-    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    number = torch.tensor([value])
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=_messages)
     return int(number.item())

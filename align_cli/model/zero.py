@@ -75,9 +75,9 @@ def unlink_buffers() -> None:
     DeepSpeed never removes them (66 MB per rank and run in /dev/shm). Once unlinked, the kernel frees them when the
     last rank exits, even if it is killed. Must be called on all ranks.
     """
-    import torch
+    from align_cli import distributed
 
-    torch.distributed.barrier()
+    distributed.barrier()
     mine = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_*"
     for file in Path("/dev/shm").glob(mine):
         file.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import torch
 from torch.nn import Module
 from trl import DPOConfig
 
+from align_cli import distributed
 from align_cli.data import chat
 from align_cli.data.count import of_constitution
 from align_cli.data.groups import Count, Group
@@ -243,6 +244,8 @@ class Answers:
         for reward in self.rewards:
             score, std = reward(conversations, texts, cells)
             total, spread = total + score, spread + std
+        # a judge may take much longer on one rank; the forward passes below are collective under ZeRO-3
+        distributed.barrier()
         own = policy.log_probs(policy.model, prompt_ids, ids)
         other = policy.log_probs(self.first, prompt_ids, ids) if self.first is not None else own
         columns = {
@@ -260,6 +263,7 @@ class Answers:
         }
         if self.gold is not None:
             columns["gold"] = self.gold(conversations, texts)[0].tolist()
+            distributed.barrier()
         judges = [reward.score for reward in self.rewards if isinstance(reward.score, Judge)]
         return [
             {"row": at, "prompt": groups[at].prompt}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
@@ -46,7 +45,7 @@ class WeightAverage(TrainerCallback):
             save_file(self.averages, self._file(args, state, parameters))
         if sharded:
             # rank 0 marks the checkpoint as complete next
-            torch.distributed.barrier()
+            distributed.barrier()
 
     def put_in_place(self) -> None:
         """Replace the policy's weights by their average."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
+from align_cli import distributed
 from align_cli.compat.trl_private import OnlineHooks, Responses, set_trained_tokens
 from align_cli.data import chat
 from align_cli.generation.engine import Engine, TransformersEngine, TrlEngine
@@ -140,6 +141,8 @@ class Rollouts(OnlineHooks):
         for reward in self.rewards:
             score, std = reward(prompts, texts, inputs)
             total, spread = total + score.to(total), spread + std.to(total)
+        # a judge or a function may take much longer on one rank; the gathers below time out
+        distributed.barrier()
         lengths = torch.tensor([len(response) for response in ids], device=total.device, dtype=total.dtype)
         ended = torch.tensor([response[-1] in self.eos_token_ids for response in ids], device=total.device)
         proxy = total
@@ -165,6 +168,7 @@ class Rollouts(OnlineHooks):
         ]
         if self.gold is not None:
             columns.append(self.gold(prompts, texts)[0].to(proxy))
+            distributed.barrier()
         table = self.accelerator.gather(torch.stack(columns, 1)).double()
         names = ["reward", "score", "reward_spread", "response_length", "eos_rate", "distinct_2", "gold_reward"]
         for name, column in zip(names, table.unbind(1), strict=False):
