@@ -201,7 +201,7 @@ class Launch:
     """Use only the first num_nodes hosts of the hostfile."""
     node_rank: Annotated[int, Field(ge=0)] | None = None
     """Start only this host's ranks, without ssh; run one `align` command on each host."""
-    ssh: Annotated[str, Field(min_length=1)] = "ssh"
+    ssh: str = "ssh"
     """Command that reaches another host, such as `ssh -p 2222`. It must not ask for a password."""
     master_addr: str | None = None
     """Address of rank 0. Default: the first host."""

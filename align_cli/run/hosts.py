@@ -230,7 +230,7 @@ def _first(slots: dict[str, int]) -> str:
 
 
 def _ssh(command: str) -> list[str]:
-    words = shlex.split(command)
+    words = shlex.split(command) or ["ssh"]
     if Path(words[0]).name != "ssh":
         return words
     return [*words, *(word for key, value in OPTIONS.items() for word in ("-o", f"{key}={value}"))]
