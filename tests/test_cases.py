@@ -313,7 +313,7 @@ def test_no_eos_token(case):
 
 
 def test_new_tokens_under_lora(case):
-    without_markers(case / "models/base")
+    tiny.without_markers(case / "models/base")
     (line,) = refused()
     assert "<|im_start|> and <|im_end|>" in line and "lora=null" in line
     assert any("adds <|im_start|> and <|im_end|>" in line for line in check())
@@ -325,21 +325,6 @@ PHI = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-
-
-def without_markers(folder):
-    """A base model: tiny, and its vocabulary knows no chat markers."""
-    tiny.model(folder, template=None)
-    saved = folder / "tokenizer.json"
-    text = json.loads(saved.read_text())
-    names = {"<|im_start|>": "<|old_a|>", "<|im_end|>": "<|old_b|>"}
-    for entry in text["added_tokens"]:
-        entry["content"] = names.get(entry["content"], entry["content"])
-    text["model"]["vocab"] = {names.get(word, word): id for word, id in text["model"]["vocab"].items()}
-    saved.write_text(json.dumps(text))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def test_every_case_has_a_test():

@@ -3,6 +3,7 @@
 What a model learns is tested on data that can be learned, what it says on the real one.
 """
 
+import json
 from pathlib import Path
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -53,4 +54,20 @@ def model(path: Path, *, seed: int = 0, hidden: int = 32, template: str | None =
     )
     LlamaForCausalLM(config).save_pretrained(path)
     tok.save_pretrained(path)
+    return path
+
+
+def without_markers(path: Path, **how) -> Path:
+    """Write a base model, whose vocabulary has no chat markers and no token of its own for padding."""
+    model(path, template=None, **how)
+    saved = path / "tokenizer.json"
+    text = json.loads(saved.read_text())
+    names = {"<|im_start|>": "<|old_a|>", "<|im_end|>": "<|old_b|>"}
+    for entry in text["added_tokens"]:
+        entry["content"] = names.get(entry["content"], entry["content"])
+    text["model"]["vocab"] = {names.get(word, word): id for word, id in text["model"]["vocab"].items()}
+    saved.write_text(json.dumps(text))
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path

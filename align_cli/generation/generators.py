@@ -207,4 +207,4 @@ def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase, dtype: str, path: 
     if not adapter.is_file():
         return load.policy(model, tokenizer, dtype=dtype, path=path)
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    return PeftModel.from_pretrained(load.policy(model, tokenizer, dtype=dtype, path=base), path)
+    return PeftModel.from_pretrained(load.policy(model, tokenizer, dtype=dtype, path=base, adapter=True), path)

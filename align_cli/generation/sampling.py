@@ -83,6 +83,7 @@ def _generate(
     ids = torch.tensor([[pad] * (p - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (p - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     settings = {"max_new_tokens": sampler.max_new_tokens, "do_sample": False, "use_cache": True}
+    settings["suppress_tokens"] = model.generation_config.suppress_tokens
     config = GenerationConfig(**settings, eos_token_id=list(ends), pad_token_id=pad, disable_compile=True)
     choose = SeededSampling(seeds, temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k, start=p)
     # the last token's state is a strided view; on a CPU, torch would then copy the head's weights once per row

@@ -27,7 +27,11 @@ PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|e
 """Tokens to use as padding, in order of preference, if the tokenizer has no pad token."""
 
 
+MULTIPLE = 64
+"""Widened embeddings have a multiple of this number of rows: Tensor Cores are slow with others."""
+
 _NEW: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, list[str]] = weakref.WeakKeyDictionary()
+_SAVED: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, int] = weakref.WeakKeyDictionary()
 
 
 def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
@@ -41,10 +45,11 @@ def tokenizer(model: Model, path: str | None = None) -> PreTrainedTokenizerBase:
     path = path or model.path
     try:
         loaded = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=model.trust_remote_code, revision=model.revision or "main"
+            path, trust_remote_code=model.trust_remote_code, revision=_revision(model, path)
         )
     except Exception as error:  # broken tokenizer files raise all kinds of exceptions
         raise UpstreamError(f"model.path: {path}: no tokenizer could be loaded ({_first_line(error)})") from None
+    _SAVED[loaded] = len(loaded)
     if model.chat_template is not None:
         loaded.chat_template = templates.text(model.chat_template)
         known = loaded.get_vocab()
@@ -89,7 +94,7 @@ def pretrained(
             path,
             dtype=getattr(torch, dtype),
             trust_remote_code=model.trust_remote_code,
-            revision=model.revision or "main",
+            revision=_revision(model, path),
             use_safetensors=True,
             **attention,
             **extra,
@@ -98,16 +103,22 @@ def pretrained(
         raise UpstreamError(f"model.path: {path}: cannot be loaded ({_first_line(error)})") from None
 
 
-def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str | None = None) -> PreTrainedModel:
-    """The causal language model of `path` (default: the recipe's), with embeddings resized to fit the tokenizer.
+def _revision(model: Model, path: str) -> str:
+    """The revision to load: the recipe's for its own model, the newest of any other."""
+    return (model.revision if path == model.path else None) or "main"
+
+
+def policy(
+    model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str | None = None, adapter: bool = False
+) -> PreTrainedModel:
+    """The causal language model of `path` (default: the recipe's), with embeddings resized to fit the tokenizer;
+    `adapter` as in `widen`.
 
     Under ZeRO-3 the training arguments must be created first, or every rank loads the whole model. Raises UpstreamError
     if it cannot be loaded.
     """
     loaded = pretrained(AutoModelForCausalLM, model, path or model.path, dtype)
-    rows = loaded.config.get_text_config().vocab_size
-    if rows < len(tok):
-        loaded.resize_token_embeddings(len(tok), mean_resizing=True)
+    _suppress(loaded, tok, widened=widen(loaded, tok, adapter=adapter))
     for config in (loaded.config, loaded.generation_config):
         config.pad_token_id = tok.pad_token_id
     if libraries.made_from_config(loaded.generation_config):
@@ -115,6 +126,36 @@ def policy(model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str 
         special = {index for index, token in tok.added_tokens_decoder.items() if token.special}
         loaded.generation_config.eos_token_id = [id for id in _ends(loaded) if id in special] or None
     return loaded
+
+
+def widen(loaded: PreTrainedModel, tok: PreTrainedTokenizerBase, *, adapter: bool) -> bool:
+    """Resize the embeddings if they have fewer rows than the tokenizer has tokens. Returns whether they had.
+
+    The new rows are drawn from the old ones' distribution, the same in every load: policy and reference start equal.
+    With `adapter`, for the base of one, there is exactly one row per token, since PEFT resizes a base so when it loads
+    an adapter.
+    """
+    # under ZeRO-3 the weight itself has no rows here
+    rows = loaded.config.get_text_config().vocab_size
+    if rows >= len(tok):
+        return False
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(rows)
+        loaded.resize_token_embeddings(len(tok), pad_to_multiple_of=None if adapter else MULTIPLE)
+    return True
+
+
+def _suppress(loaded: PreTrainedModel, tok: PreTrainedTokenizerBase, *, widened: bool) -> None:
+    """Never generate the rows that a resize adds beyond the tokenizer, nor a padding token that no text contains, here
+    and wherever the saved model is served. Rows drawn from the others' distribution have their probability."""
+    known, config = _SAVED.get(tok, len(tok)), loaded.generation_config
+    # rows that were unused when the model was saved may be new tokens now
+    unused = {token for token in config.suppress_tokens or [] if not known <= token < len(tok)}
+    if widened:
+        unused |= set(range(len(tok), loaded.config.get_text_config().vocab_size))
+    if tok.pad_token_id is not None and tok.pad_token_id >= known:
+        unused.add(tok.pad_token_id)
+    config.suppress_tokens = sorted(unused) or None
 
 
 def set_ends(model: PreTrainedModel | PeftModel, ends: list[int]) -> list[int]:

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, TaskType
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align_cli.errors import UpstreamError
-from align_cli.model import kind, templates
+from align_cli.model import kind, load, templates, zero
 from align_cli.recipe.sections import Lora
 
 
@@ -48,11 +48,11 @@ def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -
     loader: Any = AutoModelForSequenceClassification if contents.reward else AutoModelForCausalLM
     extra = {"num_labels": 1} if contents.reward else {}
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
-    base = loader.from_pretrained(
-        contents.base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
-    )
-    if base.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with zero.loading_whole():
+        base = loader.from_pretrained(
+            contents.base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True, **extra
+        )
+    load.widen(base, tokenizer, adapter=True)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     part = destination.with_name(f"{destination.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -17,10 +17,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from align_cli import distributed
 from align_cli.compat.libraries import attention
 from align_cli.errors import UpstreamError
 from align_cli.model import kind, zero
-from align_cli.model.load import pretrained
+from align_cli.model.load import pretrained, widen
 from align_cli.recipe.sections import Model
 
 HEAD = "score"
@@ -28,10 +29,10 @@ HEAD = "score"
 
 
 def from_policy(
-    model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, seeds: list[int], path: str
+    model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, seeds: list[int], path: str, adapter: bool = False
 ) -> PreTrainedModel:
-    """The model of `path` with one new scalar head per seed. Raises UpstreamError."""
-    loaded = load(model, tok, dtype=dtype, path=path, heads=len(seeds))
+    """The model of `path` with one new scalar head per seed; `adapter` as in `widen`. Raises UpstreamError."""
+    loaded = load(model, tok, dtype=dtype, path=path, heads=len(seeds), adapter=adapter)
     head = getattr(loaded, HEAD)
     with zero.gathered([head.weight], writing=True):
         d = head.weight.shape[1]
@@ -42,9 +43,15 @@ def from_policy(
 
 
 def load(
-    model: Model, tok: PreTrainedTokenizerBase, *, dtype: str, path: str, heads: int | None = None
+    model: Model,
+    tok: PreTrainedTokenizerBase,
+    *,
+    dtype: str,
+    path: str,
+    heads: int | None = None,
+    adapter: bool = False,
 ) -> PreTrainedModel:
-    """The sequence classifier of `path`, patched by `scoring`. Raises UpstreamError.
+    """The sequence classifier of `path`, patched by `scoring`; `adapter` as in `widen`. Raises UpstreamError.
 
     With `heads` None, the saved number of heads is kept.
     """
@@ -54,8 +61,7 @@ def load(
         raise UpstreamError(
             f"model.path: {path}: {type(loaded).__name__} has no linear head named {HEAD}; use a decoder that has one"
         )
-    if loaded.get_input_embeddings().weight.shape[0] < len(tok):
-        loaded.resize_token_embeddings(len(tok), mean_resizing=True)
+    widen(loaded, tok, adapter=adapter)
     # without it a classifier scores padding as the last token (trl#937)
     loaded.config.pad_token_id = loaded.config.get_text_config().pad_token_id = tok.pad_token_id
     loaded.config.use_cache = False
@@ -73,9 +79,9 @@ def load_run(path: str, tok: PreTrainedTokenizerBase, dtype: str = "float32") ->
         shapes = [entry["shape"] for name, entry in _saved(path).items() if name.endswith(f"{HEAD}.weight")]
         if not shapes:
             raise UpstreamError(f"{path}: its adapter holds no head; it was not trained by `align rm`")
-        base = load(Model(path=contents.base), tok, dtype=dtype, path=contents.base, heads=shapes[0][0])
+        base = load(Model(path=contents.base), tok, dtype=dtype, path=contents.base, heads=shapes[0][0], adapter=True)
         model = PeftModel.from_pretrained(base, path)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(distributed.device()).eval()
 
 
 def _saved(path: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from align_cli.model.lora import peft_config
 from align_cli.recipe.preferences import DpoMethod, DpoRecipe, SpinRecipe
 from align_cli.training.arguments import arguments as training_arguments
 from align_cli.training.job import Job
+from align_cli.training.placement import policy, separate_reference
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 BATCH = 1000
@@ -61,8 +62,9 @@ def trainer(
     """A trainer for the job's policy and reference on rows of `prompt_ids`, `chosen_ids`, `rejected_ids`."""
     recipe, other = job.recipe, job.reference
     return DpoTrainer(
-        model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base),
-        ref_model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=other) if other else None,
+        model=policy(job, tokenizer),
+        # the policy before training is the reference of precomputed log-probabilities
+        ref_model=separate_reference(job, tokenizer) if other or not args.precompute_ref_log_probs else None,
         args=args,
         train_dataset=train,
         eval_dataset=held_out,

@@ -37,7 +37,7 @@ from align_cli.rl.rollouts import correlation, distinct_2
 from align_cli.training.datasets import further
 from align_cli.training.job import Job, Outcome
 from align_cli.training.journal import Row, RowJournal, Unit
-from align_cli.training.placement import placing, reference, release
+from align_cli.training.placement import placing, release, scoring_reference
 
 
 def run(job: Job[DpoRecipe]) -> Outcome:
@@ -215,9 +215,9 @@ class Answers:
         self.gold = build(part, part.recipe.gold, "gold", placed) if part.recipe.gold else None
         if self.number > 1:
             # the KL is to the initial policy of the first round
-            start = replace(part, base=rounds.job.base, reference=None)
+            start = replace(part, recipe=rounds.job.recipe, reference=rounds.job.base)
             temperature = part.recipe.generation.temperature
-            self.first = reference(start, rounds.tokenizer, self.policy.trainer, temperature)
+            self.first = scoring_reference(start, rounds.tokenizer, self.policy.trainer, temperature)
             self.engines.append(self.first)
         return self.policy
 

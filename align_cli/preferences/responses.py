@@ -21,7 +21,7 @@ from align_cli.model import load, log_probs, zero
 from align_cli.recipe.preferences import DpoRecipe, SpinRecipe
 from align_cli.training.job import Job
 from align_cli.training.journal import Unit
-from align_cli.training.placement import frozen
+from align_cli.training.placement import frozen, policy
 
 SCORED_TOKENS = 8192
 """Maximum number of tokens per forward pass."""
@@ -33,7 +33,7 @@ class FrozenPolicy:
     def __init__(self, job: Job[DpoRecipe | SpinRecipe], tokenizer: PreTrainedTokenizerBase, args: TrainingArguments):
         self.job, self.tokenizer = job, tokenizer
         settings = job.recipe.generation
-        model = load.policy(job.recipe.model, tokenizer, dtype=job.dtype, path=job.base)
+        model = policy(job, tokenizer)
         self.ends = load.set_ends(model, chat.generation_ends(tokenizer))
         add_fused_lm_head(model, temperature=settings.temperature, outputs=("log_probs", "entropy"))
         # used only to place models; it never trains

@@ -16,10 +16,10 @@ from align_cli.model.lora import peft_config
 from align_cli.preferences.losses import Term
 from align_cli.preferences.trainer import PreferenceTrainer, pair_row
 from align_cli.recipe.preferences import PairRecipe
+from align_cli.training import placement
 from align_cli.training.datasets import datasets
 from align_cli.training.job import Job, Outcome
 from align_cli.training.loop import run_to_end
-from align_cli.training.placement import frozen, placing
 from align_cli.training.steps import step_arguments
 
 
@@ -34,7 +34,7 @@ def train(job: Job[PairRecipe]) -> Outcome:
         return map(pair_row, chat.dpo_rows(tokenizer, groups, how=method.pairs, **limits, tally=tally))
 
     rows = datasets(job, "preferences", tokenizer, {"pairs": method.pairs, "shared": True}, tokenized)
-    policy = scoring(load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base))
+    policy = scoring(placement.policy(job, tokenizer))
     # dropout would add noise to the difference of a pair's log-probabilities; an adapter's own dropout is kept
     disable_dropout_in_model(policy)
     if recipe.lora:
@@ -55,7 +55,6 @@ def train(job: Job[PairRecipe]) -> Outcome:
         batch_tokens=method.batch_tokens or memory.batch_tokens(torch.cuda.is_available()),
         say=job.say,
     )
-    if trainer.compares and (job.reference or not recipe.lora):
-        reference = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.reference or job.base)
-        trainer.reference = placing(trainer)(frozen(scoring(reference)))
+    if trainer.compares and (reference := placement.separate_reference(job, tokenizer)) is not None:
+        trainer.reference = placement.placing(trainer)(scoring(reference))
     return run_to_end(trainer, tokenizer, job, rows.counts)

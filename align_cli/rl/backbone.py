@@ -74,7 +74,9 @@ class SharedBackbone:
     def _fresh(self, role: str, config: LoraConfig) -> nn.Linear:
         """Add an adapter like the policy's under the role's name; returns a zero head."""
         self.model.add_adapter(role, config)
-        head = nn.Linear(self.model.get_input_embeddings().weight.shape[1], 1, bias=False)
+        embedding = self.model.get_input_embeddings().weight
+        # under ZeRO-3 the weight itself is empty here
+        head = nn.Linear(getattr(embedding, "ds_shape", embedding.shape)[1], 1, bias=False)
         nn.init.zeros_(head.weight)
         return head
 

@@ -19,12 +19,12 @@ from align_cli.rewards.reward import Scorer
 from align_cli.rl.ema import WeightAverage
 from align_cli.rl.guards import GuardCallback, Guards
 from align_cli.rl.rollouts import BetweenRollouts, GroupRollouts, Rollouts
+from align_cli.training import placement
 from align_cli.training.arguments import Arguments
 from align_cli.training.arguments import arguments as training_arguments
 from align_cli.training.checkpoints import finish
 from align_cli.training.job import Job, Outcome
 from align_cli.training.loop import loop
-from align_cli.training.placement import placing, reference
 from align_cli.training.samples import Samples
 
 
@@ -60,7 +60,7 @@ def total(**kwargs: Any) -> None:
 
 def prepare(trainer: Rollouts, job: Job[OnlineRecipe], backbone: Scorer | None = None) -> None:
     """Give a trainer the recipe's rewards and sampler; `backbone` as in `build_all`."""
-    recipe, place = job.recipe, placing(trainer)
+    recipe, place = job.recipe, placement.placing(trainer)
     method = recipe.method
     trainer.prepare_rollouts(
         rewards=build_all(job, place, backbone),
@@ -78,9 +78,10 @@ def run_group(
     further fields of the trainer's config. Returns the metrics and the row counts."""
     recipe = job.recipe
     tokenizer = load.tokenizer(recipe.model, job.base)
-    args = arguments(job, config_class, num_generations=recipe.method.k, beta=recipe.method.beta, **own)
+    # with a β, TRL would load a reference of its own
+    args = arguments(job, config_class, num_generations=recipe.method.k, beta=0.0, **own)
     rows, counts = prompts.dataset(job, tokenizer)
-    policy = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base)
+    policy = placement.policy(job, tokenizer)
     load.set_ends(policy, chat.generation_ends(tokenizer))
     trainer = trainer_class(
         model=policy,
@@ -91,8 +92,9 @@ def run_group(
         peft_config=peft_config(recipe.lora, load.new_tokens(tokenizer)),
     )
     prepare(trainer, job)
-    if job.reference is not None:
-        trainer.ref_model = reference(job, tokenizer, trainer, args.temperature)
+    trainer.beta = recipe.method.beta
+    if recipe.needs_reference():
+        trainer.ref_model = placement.scoring_reference(job, tokenizer, trainer, args.temperature)
     return run_to_end(trainer, tokenizer, job, counts, lambda: finish(trainer, tokenizer, job))
 
 

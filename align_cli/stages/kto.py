@@ -21,6 +21,7 @@ from align_cli.training.arguments import arguments
 from align_cli.training.datasets import datasets
 from align_cli.training.job import Job, Outcome
 from align_cli.training.loop import run_to_end
+from align_cli.training.placement import policy, separate_reference
 
 LOSSES = {"kto": "kto", "apo-zero": "apo_zero_unpaired"}
 """Our name of a loss -> TRL's."""
@@ -49,10 +50,9 @@ def run(job: Job[KtoRecipe]) -> Outcome:
     good = pyarrow.compute.sum(rows.train.with_format("arrow")[:]["label"]).as_py()
     if advice := balance(good, len(rows.train) - good, method.desirable_weight, method.undesirable_weight):
         job.say(advice)
-    separate = job.reference or (None if recipe.lora else job.base)
     trainer = KtoTrainer(
-        model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base),
-        ref_model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=separate) if separate else None,
+        model=policy(job, tokenizer),
+        ref_model=separate_reference(job, tokenizer),
         args=args,
         train_dataset=rows.train,
         eval_dataset=rows.eval,

@@ -18,8 +18,8 @@ from align_cli.rl import ptx, value
 from align_cli.rl import run as online
 from align_cli.rl.ppo import Critic, PPOConfig, PPOTrainer, Settings, SharedCritic, ValueHead
 from align_cli.rl.returns import KLController
+from align_cli.training import placement
 from align_cli.training.job import Job, Outcome
-from align_cli.training.placement import reference
 
 
 def run(job: Job[PpoRecipe]) -> Outcome:
@@ -28,7 +28,7 @@ def run(job: Job[PpoRecipe]) -> Outcome:
     tokenizer = load.tokenizer(recipe.model, job.base)
     args = online.arguments(job, PPOConfig, num_generations=1, beta=0.0, loss_type="dapo")
     rows, counts = prompts.dataset(job, tokenizer)
-    policy = load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base)
+    policy = placement.policy(job, tokenizer)
     load.set_ends(policy, chat.generation_ends(tokenizer))
     disable_dropout_in_model(policy)
     backbone = value.backbone(job, policy, args, load.new_tokens(tokenizer)) if recipe.lora else None
@@ -43,7 +43,7 @@ def run(job: Job[PpoRecipe]) -> Outcome:
     online.prepare(trainer, job, value.backbone_scorer(job, backbone) if backbone else None)
     trainer.prepare_ppo(
         critic=critic,
-        reference=None if backbone else reference(job, tokenizer, trainer, args.temperature),
+        reference=placement.scoring_reference(job, tokenizer, trainer, args.temperature),
         controller=KLController(method.beta, method.target_kl, method.horizon),
         settings=Settings(
             gamma=method.gamma,

@@ -52,7 +52,9 @@ def run(job: Job[RmRecipe]) -> Outcome:
     demonstrations = scale.demonstrations(tokenizer, job)
     if tied := counted.get("ties", 0):
         job.say(f"{tied} pairs of responses are tied and not compared")
-    model = reward_head.from_policy(recipe.model, tokenizer, dtype=job.dtype, seeds=seeds, path=job.base)
+    model = reward_head.from_policy(
+        recipe.model, tokenizer, dtype=job.dtype, seeds=seeds, path=job.base, adapter=recipe.lora is not None
+    )
     if recipe.lora:
         model = get_peft_model(model, peft_config(recipe.lora, load.new_tokens(tokenizer), "SEQ_CLS"))
         for parameter in model.parameters():

@@ -36,11 +36,35 @@ def placing(trainer: Trainer) -> Place:
     return placed
 
 
-def reference(job: Job, tokenizer: PreTrainedTokenizerBase, trainer: Trainer, temperature: float) -> Module:
-    """The frozen reference, prepared to compute log-probabilities of sampled tokens."""
-    model = load.policy(job.recipe.model, tokenizer, dtype=job.dtype, path=job.reference or job.base)
+def policy(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The job's initial policy. Raises UpstreamError."""
+    return _loaded(job, tokenizer, job.base)
+
+
+def _loaded(job: Job, tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedModel:
+    recipe = job.recipe
+    return load.policy(recipe.model, tokenizer, dtype=job.dtype, path=path, adapter=recipe.lora is not None)
+
+
+def separate_reference(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The frozen reference, loaded with the policy's settings; None if the policy with its adapter disabled serves.
+
+    Trainers must be given it: TRL would load one by the policy's `_name_or_path`, without revision and new tokens.
+    """
+    path = job.reference or (None if job.recipe.lora else job.base)
+    return frozen(_loaded(job, tokenizer, path)) if path else None
+
+
+def scoring_reference(
+    job: Job, tokenizer: PreTrainedTokenizerBase, trainer: Trainer, temperature: float
+) -> Module | None:
+    """As `separate_reference`, placed as the trainer's model and prepared to compute log-probabilities of sampled
+    tokens."""
+    model = separate_reference(job, tokenizer)
+    if model is None:
+        return None
     add_fused_lm_head(model, temperature=temperature)
-    return placing(trainer)(frozen(model))
+    return placing(trainer)(model)
 
 
 def release(*engines: Module | None) -> None:

@@ -12,6 +12,7 @@ from align_cli.training.arguments import arguments
 from align_cli.training.datasets import datasets
 from align_cli.training.job import Job, Outcome
 from align_cli.training.loop import run_to_end
+from align_cli.training.placement import policy
 
 
 def run(job: Job, *, packing: bool = False, last_turn_only: bool = False) -> Outcome:
@@ -36,7 +37,7 @@ def run(job: Job, *, packing: bool = False, last_turn_only: bool = False) -> Out
     settings = {"last_turn_only": last_turn_only, "packs": packs, "packing": args.packing_strategy}
     rows = datasets(job, "demonstrations", tokenizer, settings, tokenized, arranged if any(packs.values()) else None)
     trainer = SFTTrainer(
-        model=load.policy(recipe.model, tokenizer, dtype=job.dtype, path=job.base),
+        model=policy(job, tokenizer),
         args=args,
         train_dataset=rows.train,
         eval_dataset=rows.eval,
