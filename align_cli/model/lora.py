@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from align_cli.errors import UpstreamError
 from align_cli.model import kind, load, templates, zero
@@ -62,3 +63,13 @@ def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -
     if destination.exists():
         shutil.rmtree(destination)
     part.rename(destination)
+
+
+def trainable_whole(model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter merged into its own weights, all of them trainable. Under ZeRO-3 the weights of one
+    layer at a time are gathered."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            with zero.gathered(layer.get_base_layer().parameters(), writing=True):
+                layer.merge()
+    return model.unload().requires_grad_(True)

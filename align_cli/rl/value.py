@@ -6,12 +6,13 @@ Shapes: b rows, t tokens, h heads.
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cli import distributed
 from align_cli.model import load, reward_head
-from align_cli.model.lora import peft_config
+from align_cli.model.lora import peft_config, trainable_whole
 from align_cli.model.zero import gathered
 from align_cli.recipe.rewards import RewardSource
 from align_cli.recipe.rl import PpoRecipe
@@ -40,7 +41,8 @@ def model(job: Job[PpoRecipe], tokenizer: PreTrainedTokenizerBase) -> PreTrained
     from the policy with a zero head."""
     path = start(job.recipe)
     if path is not None:
-        return reward_head.load_run(path, tokenizer, job.dtype).train()
+        made = reward_head.load_run(path, tokenizer, job.dtype)
+        return (trainable_whole(made) if isinstance(made, PeftModel) else made).train()
     made = reward_head.from_policy(job.recipe.model, tokenizer, dtype=job.dtype, seeds=[0], path=job.base)
     with gathered([made.score.weight], writing=True):
         made.score.weight.data.zero_()

@@ -224,9 +224,15 @@ LORA = ["lora.r=4", "lora.alpha=8", "model.dtype=float32", "trainer.learning_rat
 
 
 @pytest.fixture(scope="module")
-def adapters(folder):
-    """A reward model that is an adapter on the policy's own weights, and PPO on one backbone with it."""
+def reward_adapter(folder):
+    """A reward model that is an adapter on the policy's own weights."""
     project.ok("rm", "recipe=t.yaml", "name=lora", *LORA, cwd=folder)
+    return folder / "runs/lora/rm"
+
+
+@pytest.fixture(scope="module")
+def adapters(folder, reward_adapter):
+    """PPO on one backbone with a reward model that is an adapter on it."""
     project.ok("ppo", "recipe=t.yaml", "name=lora", "reward.path=runs/lora/rm", *LORA, cwd=folder)
     return folder / "runs/lora/ppo"
 
@@ -356,3 +362,62 @@ def test_a_reward_model_on_another_base_cannot_share(adapters, folder):
     words = ["reward.path=runs/lora/rm", "model.path=models/other", *LORA]
     done = project.align("ppo", "recipe=t.yaml", "name=bad", *words, cwd=folder)
     assert done.returncode == 2 and "is an adapter on models/tiny, not on models/other" in done.stderr
+
+
+# --- a full policy, and a reward model that is an adapter -----------------------------------------------------------
+
+
+def classifier(folder, run):
+    """The reward model as plain libraries load it, on its base."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "models/tiny", num_labels=1)
+    return PeftModel.from_pretrained(base, run).eval()
+
+
+def test_the_value_function_is_the_whole_reward_model_and_trains(folder, reward_adapter, monkeypatch):
+    from align_cli.model import load
+    from align_cli.rl import value
+
+    monkeypatch.chdir(folder)
+    job = project.job("ppo", "name=whole", "reward.path=runs/lora/rm")
+    made = value.model(job, load.tokenizer(job.recipe.model))
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in made.parameters())
+    ids = torch.tensor([[5, 9, 33, 70, 2]])
+    expected = classifier(folder, reward_adapter)(input_ids=ids).logits
+    torch.testing.assert_close(made.eval()(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    base = project.weights(folder / "models/tiny")
+    assert set(base) - {"lm_head.weight"} | {"score.weight"} == set(made.state_dict())
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=SLOW)])
+def test_a_full_policy_with_a_reward_adapter_saves_a_plain_value_function(folder, reward_adapter, ranks):
+    from transformers import AutoModelForSequenceClassification
+
+    words = ["ppo", "recipe=t.yaml", f"name=whole{ranks}", "reward.path=runs/lora/rm", "trainer.max_steps=4"]
+    if ranks > 1:
+        words += [f"launch.num_gpus={ranks}", "zero=zero3", "trainer.per_device_train_batch_size=4"]
+    project.ok(*words, cwd=folder)
+    run = folder / f"runs/whole{ranks}/ppo"
+    value = AutoModelForSequenceClassification.from_pretrained(run / "value")
+    assert value.num_labels == 1
+    start = classifier(folder, reward_adapter).merge_and_unload().state_dict()
+    moved = {name for name, tensor in value.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert "score.weight" in moved and len(moved) > 5
+    # Adam moves a weight by about the learning rate per step
+    assert all((tensor - start[name]).abs().max() < 0.02 for name, tensor in value.state_dict().items())
+    first = project.metrics(run)[0]
+    assert first["value_loss"] > 0 and first["kl"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_full_policy_with_a_reward_adapter_resumes(folder, reward_adapter):
+    settings = ["reward.path=runs/lora/rm", "trainer.save_steps=4", "trainer.max_steps=8"]
+    project.ok("ppo", "recipe=t.yaml", "name=whole-calm", *settings, cwd=folder)
+    run = folder / "runs/whole-killed/ppo"
+    project.kill_after_a_checkpoint("ppo", "recipe=t.yaml", "name=whole-killed", *settings, run=run, cwd=folder)
+    assert "resuming from step" in project.ok("ppo", "recipe=t.yaml", "name=whole-killed", *settings, cwd=folder)
+    for place in ("", "value"):
+        calm = project.weights(folder / "runs/whole-calm/ppo" / place)
+        assert all(torch.equal(tensor, calm[name]) for name, tensor in project.weights(run / place).items()), place
