@@ -32,7 +32,11 @@ def pair_row(row: dict[str, list[int]]) -> Row:
     return {"prompt_ids": shared, "responses": [last + row["chosen_ids"], last + row["rejected_ids"]]}
 
 
-class PreferenceTrainer(StepTrainer[dict[str, Tensor]]):
+Noted = tuple[dict[str, Tensor], int]
+"""(b,) metrics of every pair, by name; and the number of tokens computed."""
+
+
+class PreferenceTrainer(StepTrainer[Noted]):
     """Trains a model patched by `model.log_probs.scoring` on pairs. `reference`, set after the trainer is built, is a
     prepared frozen model of the same kind; if None, the policy with its adapters disabled is the reference."""
 
@@ -41,7 +45,8 @@ class PreferenceTrainer(StepTrainer[dict[str, Tensor]]):
         self.terms = [term for term in terms if term.weight]
         self.compares = compares
         self.reference: Module | None = None
-        self._sums: Counter[str] = Counter()
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
 
     # -- log-probabilities
 
@@ -88,28 +93,31 @@ class PreferenceTrainer(StepTrainer[dict[str, Tensor]]):
 
     # -- training
 
-    def losses(self, model: Module, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b,) losses of the mixture, and its metrics."""
+    def losses(self, model: Module, rows: list[Row]) -> tuple[Tensor, Noted]:
+        """(b,) losses of the mixture; its metrics and the number of tokens computed."""
         chosen, rejected, tokens = self.sides(model, rows)
         with torch.autocast(chosen.sums.device.type, enabled=False):
             total, margin, each = preference_loss(self.terms, chosen, rejected)
-        return total, figures(chosen, rejected, margin, each) | {"tokens": torch.tensor(float(tokens))}
+        return total, (figures(chosen, rejected, margin, each), tokens)
 
-    def note(self, figures: dict[str, Tensor], rows: list[Row]) -> None:
-        """Accumulate the metrics of a micro-batch."""
-        self._sums.update({name: float(values.detach().sum()) for name, values in figures.items()})
-        self._sums["pairs"] += len(rows)
+    def note(self, figures: Noted, rows: list[Row]) -> None:
+        """Accumulate the metrics of a micro-batch, on the device: reading them would make the host wait for it."""
+        columns, tokens = figures
+        for name, values in columns.items():
+            self._sums[name] = self._sums.get(name, 0) + values.detach().double().sum()
+        self._counts.update(pairs=len(rows), tokens=tokens)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the metrics of the training pairs since the last log."""
         if "loss" in logs and "train_runtime" not in logs and self._sums:
             names = sorted(self._sums)
-            sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64)
-            total = dict(zip(names, self.accelerator.reduce(sums.to(self.args.device), "sum").tolist(), strict=True))
-            pairs = total.pop("pairs")
-            set_trained_tokens(self, trained_tokens(self) + int(total.pop("tokens")))
-            logs |= {name: value / pairs for name, value in total.items()}
+            counts = torch.tensor([float(self._counts[name]) for name in ("pairs", "tokens")], device=self.args.device)
+            sums = torch.cat([counts.double(), torch.stack([self._sums[name] for name in names])])
+            pairs, tokens, *total = self.accelerator.reduce(sums, "sum").tolist()
+            set_trained_tokens(self, trained_tokens(self) + int(tokens))
+            logs |= {name: value / pairs for name, value in zip(names, total, strict=True)}
             self._sums.clear()
+            self._counts.clear()
         super().log(logs, *args, **kwargs)
 
     # -- held-out pairs
@@ -125,8 +133,8 @@ class PreferenceTrainer(StepTrainer[dict[str, Tensor]]):
         rows = list(eval_dataset if eval_dataset is not None else self.eval_dataset)
 
         def measure(model: Module, picked: list[Row]) -> list[dict[str, float]]:
-            total, figures = self.losses(model, picked)
-            figures = {"loss": total} | {name: values for name, values in figures.items() if name != "tokens"}
+            total, (figures, _) = self.losses(model, picked)
+            figures = {"loss": total} | figures
             columns = torch.stack([values.float() for values in figures.values()], 1).cpu().tolist()
             return [dict(zip(figures, column, strict=True)) for column in columns]
 

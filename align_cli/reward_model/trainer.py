@@ -82,7 +82,8 @@ class RankingTrainer(StepTrainer[tuple[Tensor, int]]):
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.objective = objective
-        self._sums = torch.zeros(4)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self._tokens = 0
 
     # -- scores
 
@@ -116,23 +117,26 @@ class RankingTrainer(StepTrainer[tuple[Tensor, int]]):
     # -- metrics
 
     def note(self, figures: tuple[Tensor, int], rows: list[Row]) -> None:
-        """Accumulate the number of correctly ordered pairs and their margins."""
+        """Accumulate the number of correctly ordered pairs and their margins, on the device: reading them would make
+        the host wait for it."""
         scores, tokens = figures
         mean = scores.mean(2)
         levels = _levels(rows, mean)
         targets = losses.pair_targets(levels)
         difference = mean.unsqueeze(2) - mean.unsqueeze(1)
         right = (difference > 0).float() + 0.5 * (difference == 0).float()
-        sums = [(targets * right).sum(), (targets * difference).sum(), targets.sum(), torch.tensor(float(tokens))]
-        self._sums += torch.stack([value.float().cpu() for value in sums])
+        self._sums += torch.stack([(targets * right).sum(), (targets * difference).sum(), targets.sum()])
+        self._tokens += tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add accuracy and mean margin of the training pairs since the last log."""
         if "loss" in logs and "train_runtime" not in logs:
-            right, margin, pairs, tokens = self.accelerator.reduce(self._sums.to(self.args.device), "sum").tolist()
+            sums = torch.cat([self._sums, self._sums.new_tensor([self._tokens])])
+            right, margin, pairs, tokens = self.accelerator.reduce(sums, "sum").tolist()
             logs |= {"accuracy": right / max(pairs, 1), "margin": margin / max(pairs, 1)}
             set_trained_tokens(self, trained_tokens(self) + int(tokens))
             self._sums.zero_()
+            self._tokens = 0
         super().log(logs, *args, **kwargs)
 
     def evaluate(
