@@ -9,7 +9,7 @@ phase is followed by a collective of a library, `barrier` must come between, sin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -25,6 +25,8 @@ COLLECTIVE = timedelta(minutes=30)
 """Time-out of the libraries' collectives: ranks enter them together, so that a longer wait is a fault."""
 MESSAGE = timedelta(days=30)
 """Time-out of this module's own."""
+BUCKET = 25 << 20
+"""Bytes that one exchange of gradients takes, as in DDP. Small exchanges are bound by latency."""
 _messages: torch.distributed.ProcessGroup | None = None
 
 
@@ -146,6 +148,32 @@ def gather(value: Value) -> list[Value]:
     values: list[Value] = [value] * world_size()
     torch.distributed.all_gather_object(values, value, group=_messages)
     return values
+
+
+def average(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace each tensor by its mean over all ranks, as many per exchange as fit into `BUCKET` bytes."""
+    if world_size() == 1:
+        return
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or _bytes(bucket) + _bytes([tensor]) > BUCKET):
+            _average_at_once(bucket)
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        _average_at_once(bucket)
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _average_at_once(tensors: list[torch.Tensor]) -> None:
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    flat /= world_size()
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def largest(value: int) -> int:

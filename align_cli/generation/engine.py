@@ -5,12 +5,14 @@ PPO, RLOO, GRPO, the rounds of DPO and SPIN, and local generators (judges, Const
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel
+import torch
+from torch.nn import Module, Parameter
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from align_cli.generation.sampling import Sampler, respond
 
@@ -50,8 +52,54 @@ class TransformersEngine:
 
 
 @dataclass
+class BatchedEngine:
+    """transformers' continuous batching (engine: batched)."""
+
+    model: Callable[[], AbstractContextManager[PreTrainedModel]]
+    """As in TransformersEngine."""
+    sampling: GenerationConfig
+    batching: ContinuousBatchingConfig
+    dtype: torch.dtype | None
+    """Type of the weights that sample; None for the model's own. Autocast does not reach the engine's thread."""
+
+    def respond(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Sampled:
+        """As Engine.respond, but ignores `seeds`: the engine uses its own random generator."""
+        with self.model() as model, cast(model, self.dtype), torch.no_grad():
+            training = model.training
+            made = model.generate_batch(
+                list(prompts), generation_config=self.sampling, continuous_batching_config=self.batching
+            )
+            model.train(training)
+        return Sampled([output.generated_tokens for output in made.values()])
+
+
+@contextmanager
+def cast(model: Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """A context in which the model has copies of its weights in `dtype`; its own are put aside and untouched.
+
+    `model.to(dtype)` would round the trained weights for good, and DDP's hooks would be lost: they belong to a
+    parameter of one type. Buffers keep their type: rotary frequencies need float32.
+    """
+    copies: dict[Parameter, Parameter] = {}
+    places = []
+    for module in model.modules() if dtype else ():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                if parameter not in copies:
+                    copies[parameter] = Parameter(parameter.detach().to(dtype), requires_grad=False)
+                places.append((module, name, parameter))
+    try:
+        for module, name, parameter in places:
+            setattr(module, name, copies[parameter])
+        yield
+    finally:
+        for module, name, parameter in places:
+            setattr(module, name, parameter)
+
+
+@dataclass
 class TrlEngine:
-    """Generation built into a TRL trainer: continuous batching or vLLM (engines: batched, vllm)."""
+    """Generation built into a TRL trainer: vLLM (engine: vllm)."""
 
     generate: Callable[[list[list[int]]], Any]
     """The trainer's generation function; returns ids, or (ids, log-probabilities)."""

@@ -105,6 +105,19 @@ class SharedBackbone:
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.dtype)).float()
 
+    @contextlib.contextmanager
+    def without_heads(self) -> Iterator[None]:
+        """A context in which the model does not contain the heads."""
+        names = [name for name, _ in self.model.named_children() if name in (f"{VALUE}_head", f"{REWARD}_head")]
+        heads = {name: self.model.get_submodule(name) for name in names}
+        for name in heads:
+            delattr(self.model, name)
+        try:
+            yield
+        finally:
+            for name, head in heads.items():
+                self.model.add_module(name, head)
+
     def policy_only(self) -> None:
         """Delete the other roles' adapters, so that only the policy is saved."""
         for role in {VALUE, REWARD} & set(self.model.peft_config):

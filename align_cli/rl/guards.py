@@ -105,6 +105,7 @@ class GuardCallback(TrainerCallback):
         if state.global_step % self.trainer.updates_per_rollout:
             return
         guards, trainer, ended = self.guards, self.trainer, self.guards.reason is not None
+        trainer.settle()
         trainer.kl_coefficient = guards.act(trainer.latest, f"step {state.global_step}", trainer.kl_coefficient)
         if guards.reason is not None and not ended:
             at_best = ", at its best checkpoint" if guards.rollback else ""

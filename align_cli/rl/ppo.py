@@ -67,7 +67,16 @@ class Critic:
 
     def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel):
         policy.add_module(self.PART, value_model)
-        self.value_model = value_model
+        self.policy, self.value_model = policy, value_model
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """A context in which the policy does not contain the value model."""
+        delattr(self.policy, self.PART)
+        try:
+            yield
+        finally:
+            self.policy.add_module(self.PART, self.value_model)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """A context in which `values` may be called."""
@@ -90,6 +99,10 @@ class SharedCritic:
 
     def __init__(self, backbone: SharedBackbone):
         self.backbone = backbone
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the backbone does not contain the other roles' heads."""
+        return self.backbone.without_heads()
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """A context in which `values` may be called: the value adapter is active."""
@@ -201,15 +214,21 @@ class PPOTrainer(Rollouts, GRPOTrainer):
     def _figures(self, log_ratio: Tensor, values: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Record KL and explained variance over all ranks, and update β for the next rollout."""
         per_sequence = torch.stack([kl_estimate(log_ratio, how).mul(mask).sum(1) for how in ("k1", "k3")], 1)
-        kl, kl_k3 = self.accelerator.gather(per_sequence).mean(0).tolist()
+        kls = self.accelerator.gather(per_sequence).mean(0)
         sums = torch.stack([moments(returns - values * mask, mask), moments(returns, mask)])
-        (n, e1, e2), (_, r1, r2) = self.accelerator.reduce(sums, "sum").tolist()
+        # one transfer for all figures
+        every = torch.cat([kls, self.accelerator.reduce(sums, "sum").flatten()])
+        kl, kl_k3, n, e1, e2, _, r1, r2 = every.tolist()
         variance = r2 / n - (r1 / n) ** 2
         self.note("kl", kl)
         self.note("kl_k3", kl_k3)
         self.note("explained_variance", 1 - (e2 / n - (e1 / n) ** 2) / variance if variance > 1e-12 else 0.0)
         self.note("beta", self.controller.beta)
         self.controller.update(kl, int(self.accelerator.num_processes * len(mask)))
+
+    def policy_alone(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model does not contain the value function."""
+        return self.critic.apart()
 
     def policy_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The policy's trained weights, without the value function's."""
@@ -238,10 +257,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
             if self.critic.separate:
                 loss = loss + self._value_step()
         if ours and last:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= self.accelerator.num_processes
+            distributed.average([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         return loss
 
     def policy_loss(self, model: Module, inputs: dict[str, Any]) -> Tensor:
@@ -254,7 +270,7 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         if self.ptx is not None:
             with self.accelerator.autocast():
                 lm = model(**next(self.ptx)).loss
-            self.note("ptx_loss", self.accelerator.gather(lm.detach()).mean().item())
+            self.note("ptx_loss", lm.detach())
             loss = loss + self.settings.ptx_coef * lm / self.current_gradient_accumulation_steps
         return loss
 
@@ -277,5 +293,5 @@ class PPOTrainer(Rollouts, GRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         value_loss = (each * mask).sum() / tokens
-        self.note("value_loss", self.accelerator.gather((each.detach() * mask).sum() / mask.sum()).mean().item())
+        self.note("value_loss", (each.detach() * mask).sum() / mask.sum())
         return self.settings.vf_coef * value_loss

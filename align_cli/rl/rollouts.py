@@ -25,7 +25,7 @@ from trl.trainer.utils import RepeatSampler
 from align_cli import distributed
 from align_cli.compat.trl_private import OnlineHooks, Responses, set_trained_tokens
 from align_cli.data import chat
-from align_cli.generation.engine import Engine, TransformersEngine, TrlEngine
+from align_cli.generation.engine import BatchedEngine, Engine, TransformersEngine, TrlEngine
 from align_cli.generation.sampling import Sampler, row_seed
 from align_cli.rewards.reward import Messages, Reward
 
@@ -68,6 +68,16 @@ class Rollouts(OnlineHooks):
         """The current rollout, split into micro-steps; None before the first rollout and after resuming."""
         self.clock: Counter[str] = Counter()
         self.latest: dict[str, float] = {}
+        if unused := self.accelerator.unwrap_model(self.model).generation_config.suppress_tokens:
+            self._suppress(unused)
+
+    def _suppress(self, tokens: list[int]) -> None:
+        """Never sample these tokens; the engine of `hf` reads them from the model."""
+        if not self.use_vllm:
+            self.generation_config.suppress_tokens = tokens
+            return
+        given = self.vllm_generation.generation_kwargs
+        given["logit_bias"] = dict.fromkeys(tokens, -100.0) | given.get("logit_bias", {})
 
     @property
     def updates_per_rollout(self) -> int:
@@ -100,25 +110,41 @@ class Rollouts(OnlineHooks):
         return made.ids, made.log_probs
 
     def _engine(self, generate: Callable[[list[list[int]]], Any]) -> Engine:
-        """The engine: TRL's own generation for batched and vllm, else transformers' `generate`."""
-        if self.use_vllm or getattr(self, "use_transformers_continuous_batching", False):
-            return TrlEngine(generate)
+        """The engine that the recipe names; for vllm, TRL's own generation."""
+        if self.use_vllm:
+
+            def pushed(prompts: list[list[int]]) -> Any:
+                with self.policy_alone():
+                    return generate(prompts)
+
+            return TrlEngine(pushed)
+        if self.use_transformers_continuous_batching:
+            half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            return BatchedEngine(self._whole_model, self.generation_config, self.continuous_batching_config, half)
         return TransformersEngine(
             self._whole_model, self.sampler, self.eos_token_ids, self.prompt_tokenizer.pad_token_id
         )
 
+    def policy_alone(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model contains nothing but the policy: what samples or is sent to an engine."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def _whole_model(self) -> Iterator[PreTrainedModel]:
-        with (
-            unwrap_model_for_generation(
+        with contextlib.ExitStack() as alone:
+            alone.enter_context(self.policy_alone())
+            with unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self.accelerator.autocast(),
-        ):
-            yield model
+            ) as model:
+                try:
+                    with self.accelerator.autocast():
+                        yield model
+                finally:
+                    # before TRL gives every module in the model its ZeRO-3 hooks again
+                    alone.close()
 
     def rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout, with our metrics."""
@@ -169,17 +195,33 @@ class Rollouts(OnlineHooks):
         if self.gold is not None:
             columns.append(self.gold(prompts, texts)[0].to(proxy))
             distributed.barrier()
-        table = self.accelerator.gather(torch.stack(columns, 1)).double()
+        # one transfer for all figures
+        table = self.accelerator.gather(torch.stack(columns, 1)).double().cpu()
         names = ["reward", "score", "reward_spread", "response_length", "eos_rate", "distinct_2", "gold_reward"]
         for name, column in zip(names, table.unbind(1), strict=False):
             self.note(name, column.mean().item())
         self.note("score_std", table[:, 1].std(unbiased=False).item())
         self.note("reward_length_correlation", correlation(table[:, 1], table[:, 3]))
 
-    def note(self, name: str, value: float) -> None:
-        """Record a metric for the next line of metrics.jsonl and for the guards."""
+    def note(self, name: str, value: float | Tensor) -> None:
+        """Record a metric for the next line of metrics.jsonl and for the guards. A tensor is this rank's part of a mean
+        over ranks, which `settle` computes: reading it at once would make the host wait for the device."""
         self.figures[name].append(value)
         self.latest[name] = value
+
+    def settle(self) -> None:
+        """Replace metrics noted as tensors by their means over ranks, in one exchange. Must be called on all ranks."""
+        places = [
+            (values, at, name)
+            for name, values in self.figures.items()
+            for at, value in enumerate(values)
+            if isinstance(value, Tensor)
+        ]
+        if not places:
+            return
+        parts = torch.stack([values[at].float() for values, at, _ in places])
+        for (values, at, name), mean in zip(places, self.accelerator.reduce(parts, "mean").tolist(), strict=True):
+            values[at] = self.latest[name] = mean
 
     # -- minibatches
 
@@ -201,6 +243,7 @@ class Rollouts(OnlineHooks):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the seconds spent in rollouts and scoring since the last log."""
+        self.settle()
         if "loss" in logs and self.clock:
             logs |= {f"seconds_{name}": round(value, 3) for name, value in self.clock.items()}
             self.clock.clear()

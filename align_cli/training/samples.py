@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import torch
@@ -64,7 +65,9 @@ class Samples:
         ends, answers = set_ends(model, chat.generation_ends(self.tokenizer)), []
         training = model.training
         model.eval()
-        with zero.on_device(model, trainer.accelerator.device), torch.no_grad(), trainer.accelerator.autocast():
+        # a value function in the model takes no part
+        alone, device = getattr(trainer, "policy_alone", contextlib.nullcontext), trainer.accelerator.device
+        with alone(), zero.on_device(model, device), torch.no_grad(), trainer.accelerator.autocast():
             for start in range(0, len(texts), BATCH):
                 batch = self.tokenizer(
                     texts[start : start + BATCH],
@@ -72,7 +75,7 @@ class Samples:
                     padding=True,
                     padding_side="left",
                     return_tensors="pt",
-                ).to(trainer.accelerator.device)
+                ).to(device)
                 made = model.generate(
                     **batch,
                     max_new_tokens=self.job.recipe.samples.max_new_tokens,

@@ -18,6 +18,9 @@ class Watched:
         self.kl_coefficient, self.latest, self.loaded = 0.1, {}, []
         self.state = SimpleNamespace(best_model_checkpoint=None)
 
+    def settle(self):
+        """All figures are numbers already."""
+
     def _load_best_model(self):
         self.loaded.append(self.state.best_model_checkpoint)
 

@@ -421,3 +421,46 @@ def test_a_full_policy_with_a_reward_adapter_resumes(folder, reward_adapter):
     for place in ("", "value"):
         calm = project.weights(folder / "runs/whole-calm/ppo" / place)
         assert all(torch.equal(tensor, calm[name]) for name, tensor in project.weights(run / place).items()), place
+
+
+# --- the value function takes no part in rollouts -------------------------------------------------------------------
+
+PROBE = """import json, os
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+enter = GatheredParameters.__enter__
+
+
+def counted(self):
+    if self.enabled:
+        with open(f"gathered-{os.environ['RANK']}.jsonl", "a") as file:
+            file.write(json.dumps(sum(parameter.ds_numel for parameter in self.params)) + "\\n")
+    return enter(self)
+
+
+GatheredParameters.__enter__ = counted
+
+
+def rewards(prompts, responses):
+    return [float(len(response)) for response in responses]
+"""
+"""A reward function that also writes down how many numbers each rank gathers."""
+
+
+def test_rollouts_gather_the_policy_and_nothing_else(folder):
+    (folder / "probe.py").write_text(PROBE)
+    project.ok(
+        *("ppo", "recipe=t.yaml", "name=gathered", "launch.num_gpus=2", "zero=zero3", "trainer.max_steps=4"),
+        *("trainer.per_device_train_batch_size=4", "reward={path: null, python: 'probe:rewards'}", "samples=[name 1]"),
+        "--allow-code",
+        cwd=folder,
+    )
+    policy = sum(tensor.numel() for tensor in project.weights(folder / "models/tiny").values())
+    for rank in (0, 1):
+        gathered = [int(line) for line in (folder / f"gathered-{rank}.jsonl").read_text().splitlines()]
+        # a rollout for every four updates, and the answers to the samples before and after
+        assert [size for size in gathered if size >= policy] == [policy] * gathered.count(policy)
+        assert gathered.count(policy) >= 3
+    value = project.weights(folder / "runs/gathered/ppo/value")
+    # its hooks are there again: it trains
+    assert value["score.weight"].abs().max() > 0
