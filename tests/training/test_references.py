@@ -17,7 +17,7 @@ trainer: { max_steps: 1, per_device_train_batch_size: 4 }
 """
 PROMPTS = """name: t
 model: { path: models/base, chat_template: chatml, revision: abc, attention: eager }
-reward: { python: "golden:rewards" }
+reward: { python: "ones:rewards" }
 data: { train: prompts.jsonl, max_length: 96, batch_size: 4 }
 generation: { max_new_tokens: 6 }
 trainer: { max_steps: 1, per_device_train_batch_size: 4 }
@@ -34,7 +34,7 @@ def folder(here, monkeypatch):
     project.build(here, rows=8)
     tiny.without_markers(here / "models" / "base")
     tiny.model(here / "models" / "other", seed=5)
-    (here / "golden.py").write_text("def rewards(prompts, responses):\n    return [1.0] * len(responses)\n")
+    (here / "ones.py").write_text("def rewards(prompts, responses):\n    return [1.0] * len(responses)\n")
     monkeypatch.setenv("ALIGN_ALLOW_CODE", "1")
     project.write_rows(here / "prompts.jsonl", [{"prompt": f"name colours {n}"} for n in range(8)])
     return here
