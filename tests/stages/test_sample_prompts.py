@@ -48,7 +48,7 @@ def refused(prompts):
         ("p.tsv", "\ufeffprompt\nHi\né\n"),
         ("q.jsonl", '{"question": "Hi"}\n{"question": "é"}\n'),
         ("q.csv", "instruction\nHi\né\n"),
-        ("p.jsonl.gz", gzip.compress('{"prompt": "Hi"}\n{"prompt": "é"}\n'.encode())),
+        ("p.jsonl.gz", gzip.compress('{"prompt": "Hi"}\n{"prompt": "é"}\n'.encode(), mtime=0)),
     ],
 )
 def test_files_of_every_shape(name, text):
