@@ -378,7 +378,7 @@ def test_choices_are_the_same_in_every_process():
         data = Data(train={"path": "a.jsonl", "weight": 1.5}, eval=0.2)
         groups = read_groups(data, "preferences", 11)
         streams = list(stream_groups(data, "preferences", 11, [])), stream_eval(data, "preferences", 11, [])
-        print(hashlib.sha256(repr((groups.train, groups.eval, streams)).encode()).hexdigest())
+        print(hashlib.sha256(repr((list(groups.train), list(groups.eval), streams)).encode()).hexdigest())
     """
     said = [
         subprocess.run(

@@ -135,7 +135,11 @@ def test_a_boolean_where_a_fraction_is_wanted_is_one_problem(here):
 @pytest.mark.parametrize(
     ("stage", "word", "said"),
     [
-        ("sft", "data.eval=[true]", "data.eval[0]: expected a section with keys path, split, weight, format, columns"),
+        (
+            "sft",
+            "data.eval=[true]",
+            "data.eval[0]: expected a section with keys path, split, subset, data_dir, revision",
+        ),
         ("sft", "data.eval={path: 3}", "data.eval[0].path: expected a string, found int 3"),
         ("sft", "samples=[3]", "samples.prompts[0]: expected a string, found int 3"),
         ("sft", "lora.targets=3", "lora.targets: expected a string or a list, found int 3"),

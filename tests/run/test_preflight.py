@@ -123,7 +123,7 @@ def test_memory_follows_the_recipe(project, monkeypatch):
     }
     assert "reference" not in bytes_of("method.precompute_reference=true")
     assert "reference" not in bytes_of(stage="sft")
-    lora = bytes_of("lora=r16")
+    lora = bytes_of("lora=r16", "model.dtype=bfloat16")
     assert lora["weights"] == 2 * million and "reference" not in lora and lora["optimizer"] < 2 * million
     sharded = bytes_of("zero=zero3", "launch.num_gpus=4")
     assert sharded["weights"] == million and sharded["reference"] == million
