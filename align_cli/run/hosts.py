@@ -166,10 +166,13 @@ def _until_all_end(hosts: list[Host]) -> int:
     failed = {name: code for name, code in ended.items() if code}
     if received and failed:
         return 128 + received[0]
+    if not failed:
+        return 0
     # ranks that could still speak have said what happened
-    if failed and not {1, 2} & set(failed.values()):
+    said = [code for code in failed.values() if code in (1, 2)]
+    if not said:
         raise LaunchError(_why(*next(iter(failed.items()))))
-    return next(iter(failed.values()), 0)
+    return said[0]
 
 
 def _why(name: str, code: int) -> str:
