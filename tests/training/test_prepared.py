@@ -24,7 +24,7 @@ from align_cli.reward_model import ensemble
 from align_cli.training import datasets as training
 from align_cli.training import prepared
 
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 LIMITS = {"max_length": 140, "max_prompt_length": 90}
 
 
