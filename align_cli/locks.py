@@ -77,7 +77,7 @@ def take(file: Path) -> Lock:
         opened.close()
         raise FileNotFoundError(errno.ENOENT, "renamed while it was locked", str(file))
     opened.truncate(0)
-    opened.write(_owner())
+    opened.write(this_process())
     opened.flush()
     return Lock(opened)
 
@@ -114,7 +114,7 @@ class _Held:
 
     def __init__(self, file: Path):
         self.name = f"{file.name}.held"
-        self.text = f"{_owner()}\n{_machine()}\n{uuid.uuid4()}\n"
+        self.text = f"{this_process()}\n{_machine()}\n{uuid.uuid4()}\n"
         self.folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             while not self._created():
@@ -195,7 +195,8 @@ class _Held:
                 os.utime(self.name, dir_fd=self.folder)
 
 
-def _owner() -> str:
+def this_process() -> str:
+    """host:pid of this process."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 

@@ -68,11 +68,13 @@ def main() -> None:
 
 def show_scores(console: Console, prompts: list[str], stages: dict[str, list[str]]) -> None:
     """Print the reward model's mean score of each stage, and its difference to the SFT model on the same prompts."""
-    from align_cli.evaluate import score
     from align_cli.run import environment
 
     environment.quiet()
     environment.one_gpu()
+    # after `quiet`: libraries read its variables when they are imported
+    from align_cli.evaluate import score
+
     with tempfile.TemporaryDirectory() as folder:
         asked, out = Path(folder) / "answers.jsonl", Path(folder) / "scores.jsonl"
         rows = [

@@ -67,6 +67,8 @@ class Cluster:
         (home / "sshd_config").write_text(
             f"Port 2222\nListenAddress {self.second}\nHostKey {home / 'host'}\nAuthorizedKeysFile {home / 'user.pub'}\n"
             "PidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n"
+            # without it a session outlives a connection that is cut, for as long as TCP tries
+            "ClientAliveInterval 10\nClientAliveCountMax 3\n"
         )
         (home / "known").write_text(f"[{self.second}]:2222 {(home / 'host.pub').read_text()}")
         (home / "config").write_text(

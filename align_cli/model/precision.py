@@ -64,7 +64,8 @@ def choose(recipe: Recipe, machine: Machine) -> Precision:
 def wanted(recipe: Recipe, machine: Machine) -> bool:
     """Whether `trainer.bf16` asks for bfloat16 on this machine."""
     given = recipe.trainer.get("bf16", "auto")
-    return machine.bf16 if given in ("auto", None) else bool(given)
+    # products of bfloat16 weights are bfloat16 anyway
+    return machine.bf16 or recipe.model.dtype == "bfloat16" if given in ("auto", None) else bool(given)
 
 
 def of(role: Role, chosen: Precision) -> Dtype:
@@ -76,7 +77,7 @@ def notes(recipe: Recipe, machine: Machine) -> list[str]:
     """Lines about a choice that is slow or that the user may not expect on this machine."""
     if machine.bf16 or recipe.trainer.get("fp16"):
         return []
-    if wanted(recipe, machine) or recipe.model.dtype == "bfloat16":
+    if wanted(recipe, machine):
         return [f"bf16 on a {machine} is emulated and slow; trainer.bf16=auto and model.dtype=auto take float32 here"]
     if machine.gpu:
         return [f"float32, since this is a {machine}; trainer.fp16=true is faster, but overflows above 65504"]

@@ -7,7 +7,7 @@ import socket
 import warnings
 from collections.abc import Iterable
 
-from align_cli import driver
+from align_cli import driver, locks
 from align_cli.errors import LaunchError
 from align_cli.recipe.sections import Launch
 from align_cli.run import devices
@@ -71,7 +71,7 @@ def one_gpu() -> None:
 
 def of_ranks(launch: Launch) -> dict[str, str]:
     """Variables of DeepSpeed's launcher, and of the ranks that it starts."""
-    variables = os.environ | {PARENT: this_process()}
+    variables = os.environ | {PARENT: locks.this_process()}
     seen = devices.used(launch)
     if not seen:
         # ranks on one machine slow each other down if each uses as many threads as there are cores
@@ -142,8 +142,3 @@ def check_port(port: int) -> None:
             raise LaunchError(
                 f"launch.master_port: {port} cannot be used on {host()} ({error.strerror}); set it to a free port"
             ) from None
-
-
-def this_process() -> str:
-    """host:pid of this process."""
-    return f"{socket.gethostname()}:{os.getpid()}"

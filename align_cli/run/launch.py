@@ -119,9 +119,9 @@ def command(stage: str, run: Path, launch: Launch) -> list[str]:
             line += ["--num_nodes", str(launch.num_nodes)]
         if launch.master_addr:
             line += ["--master_addr", launch.master_addr]
-        if launch.node_rank is not None:
-            line += ["--no_ssh", "--node_rank", str(launch.node_rank)]
-    # other hosts do not inherit this process' environment
+        # `run.hosts` starts one such command on each host
+        line += ["--no_ssh", "--node_rank", str(launch.node_rank)]
+    # a launcher passes on only some variables
     allow = ["--allow-code"] if function.allowed() else []
     return [*line, "--quiet", "--no_local_rank", "--module", "align_cli.run.worker", stage, str(run), *allow]
 

@@ -88,6 +88,7 @@ LORA = "lora={r: 4}"
         (A100, ["trainer.fp16=true"], F, H, B, B),
         (A100, ["model.dtype=bfloat16"], B, B, B, B),
         (AMX, [LORA, "model.dtype=float32"], F, B, F, B),
+        (AVX2, ["model.dtype=bfloat16"], B, B, F, B),
     ],
 )
 def test_data_types(here, machine, words, weights, products, scorer, generator):
