@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from align_cli.errors import UpstreamError
@@ -33,6 +34,31 @@ def peft_config(lora: Lora | None, new_tokens: Sequence[str] = (), task: str = "
         target_modules=lora.targets,
         task_type=TaskType[task],
     )
+
+
+def adapted(base: PreTrainedModel, config: LoraConfig, *, checkpointing: bool) -> PeftModel:
+    """The model with a new adapter, ready to be trained as TRL's trainers train theirs: see `precise`.
+
+    With checkpointing, the inputs require gradients, or checkpointed blocks would get none.
+    """
+    model = get_peft_model(base, config, autocast_adapter_dtype=not zero.sharding())
+    precise(model.parameters())
+    if checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def precise(parameters: Iterable[Parameter]) -> None:
+    """Cast trainable parameters to float32, since bfloat16 would round small updates away.
+
+    Under ZeRO-3 they keep the dtype of the frozen weights: its optimizer holds float32 copies, and it gathers small
+    parameters into one buffer of one dtype (deepspeedai/DeepSpeed#8072).
+    """
+    if zero.sharding():
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -> None:

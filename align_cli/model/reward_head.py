@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cli import distributed
@@ -26,6 +27,26 @@ from align_cli.recipe.sections import Model
 
 HEAD = "score"
 """Attribute name of the head in transformers' sequence classifiers."""
+
+
+class Head(nn.Linear):
+    """A linear map whose product is float32, whatever the weight's dtype: bfloat16 would round differences between
+    rewards to about 1 %."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, h) float32 scores of (…, d) hidden states."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+    def frozen(self, weight: Tensor | None = None) -> Head:
+        """This head with its weight, or the given one, as a float32 buffer, which DeepSpeed neither casts to bfloat16
+        nor shards, nor an optimizer finds."""
+        with zero.gathered([self.weight]):
+            kept = (self.weight if weight is None else weight).detach().float().clone()
+        del self.weight
+        self.register_buffer("weight", kept)
+        return self
 
 
 def from_policy(
@@ -57,10 +78,11 @@ def load(
     """
     labels = {} if heads is None else {"num_labels": heads}
     loaded = pretrained(AutoModelForSequenceClassification, model, path, dtype, **labels)
-    if not isinstance(getattr(loaded, HEAD, None), torch.nn.Linear):
+    if not isinstance(getattr(loaded, HEAD, None), nn.Linear):
         raise UpstreamError(
             f"model.path: {path}: {type(loaded).__name__} has no linear head named {HEAD}; use a decoder that has one"
         )
+    getattr(loaded, HEAD).__class__ = Head
     widen(loaded, tok, adapter=adapter)
     # without it a classifier scores padding as the last token (trl#937)
     loaded.config.pad_token_id = loaded.config.get_text_config().pad_token_id = tok.pad_token_id
@@ -68,8 +90,11 @@ def load(
     return scoring(loaded)
 
 
-def load_run(path: str, tok: PreTrainedTokenizerBase, dtype: str = "float32") -> Any:
-    """A finished reward model in eval mode, either full or an adapter on its base. Raises UpstreamError."""
+def load_run(path: str, tok: PreTrainedTokenizerBase, dtype: str = "float32", *, trainable: bool = False) -> Any:
+    """A finished reward model in eval mode, either full or an adapter on its base. Raises UpstreamError.
+
+    Unless trainable, its head stays as it was saved, in float32, whatever the dtype of the other weights.
+    """
     contents = kind.look(path)
     if contents.kind != "adapter":
         model = load(Model(path=path), tok, dtype=dtype, path=path)
@@ -81,6 +106,10 @@ def load_run(path: str, tok: PreTrainedTokenizerBase, dtype: str = "float32") ->
             raise UpstreamError(f"{path}: its adapter holds no head; it was not trained by `align rm`")
         base = load(Model(path=contents.base), tok, dtype=dtype, path=contents.base, heads=shapes[0][0], adapter=True)
         model = PeftModel.from_pretrained(base, path)
+    if not trainable:
+        saved = _saved_head(path)
+        for head in [module for module in model.modules() if isinstance(module, Head)]:
+            head.frozen(saved)
     return model.to(distributed.device()).eval()
 
 
@@ -88,12 +117,21 @@ def _saved(path: str) -> dict[str, Any]:
     return {name: entry for file in Path(path).glob("*.safetensors") for name, entry in kind.header(file).items()}
 
 
+def _saved_head(path: str) -> Tensor | None:
+    """The head's weight as it stands in the directory's files; None for a hub id."""
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name.endswith(f"{HEAD}.weight"):
+                    return tensors.get_tensor(name)
+    return None
+
+
 def scoring(model: PreTrainedModel) -> PreTrainedModel:
     """Patch the model's forward and return the model. With `ends` (n, e), forward returns (n, e, h) float32 scores at
     those tokens.
 
-    The head runs outside of autocast: bfloat16 would round differences between rewards to about 1 %. With
-    `hidden=True` the (n, e, d) hidden states are returned instead. Without `ends` it is transformers' own forward.
+    With `hidden=True` the (n, e, d) hidden states are returned instead. Without `ends` it is transformers' own forward.
     """
     plain = model.forward
 
@@ -104,11 +142,7 @@ def scoring(model: PreTrainedModel) -> PreTrainedModel:
         trunk = getattr(self, self.base_model_prefix)
         states = trunk(input_ids=input_ids, use_cache=False, **masked(self, given)).last_hidden_state
         picked = states.gather(1, ends.unsqueeze(2).expand(-1, -1, states.shape[2]))
-        if hidden:
-            return picked.float()
-        head = getattr(self, HEAD)
-        with torch.autocast(picked.device.type, enabled=False):
-            return head(picked.to(head.weight.dtype)).float()
+        return picked.float() if hidden else getattr(self, HEAD)(picked)
 
     model.forward = types.MethodType(forward, model)
     return model

@@ -91,12 +91,17 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def sharding() -> bool:
+    """Whether models are sharded while they are loaded, that is, whether training arguments with stage 3 exist."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
 def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> contextlib.AbstractContextManager[None]:
     """A context in which every rank has the full parameters, which are sharded under ZeRO-3. With `writing`, rank 0's
     changes are broadcast to all ranks."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled():
+    if not sharding():
         return contextlib.nullcontext()
     import deepspeed
 
@@ -106,9 +111,7 @@ def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> conte
 def on_device(model: PreTrainedModel, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """A context in which every rank has the full model on its device and can generate. Outside of it, the model is
     sharded under ZeRO-3, and under ZeRO-1 and 2 trainers keep it on the host until training starts."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled():
+    if not sharding():
         model.to(device)
     return gathered(model.parameters())
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from peft import get_peft_model
 from transformers import TrainingArguments
 from trl.trainer.utils import disable_dropout_in_model
 
 from align_cli.data import chat
 from align_cli.model import load, memory
 from align_cli.model.log_probs import scoring
-from align_cli.model.lora import peft_config
+from align_cli.model.lora import adapted, peft_config
 from align_cli.preferences.losses import Term
 from align_cli.preferences.trainer import PreferenceTrainer, pair_row
 from align_cli.recipe.preferences import PairRecipe
@@ -38,10 +37,8 @@ def train(job: Job[PairRecipe]) -> Outcome:
     # dropout would add noise to the difference of a pair's log-probabilities; an adapter's own dropout is kept
     disable_dropout_in_model(policy)
     if recipe.lora:
-        policy = get_peft_model(policy, peft_config(recipe.lora, load.new_tokens(tokenizer)))
-        if args.gradient_checkpointing:
-            # checkpointed blocks whose inputs do not require gradients would get no gradients
-            policy.enable_input_require_grads()
+        adapter = peft_config(recipe.lora, load.new_tokens(tokenizer))
+        policy = adapted(policy, adapter, checkpointing=args.gradient_checkpointing)
     trainer = PreferenceTrainer(
         model=policy,
         args=args,

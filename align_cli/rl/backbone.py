@@ -17,15 +17,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align_cli.errors import UpstreamError
-from align_cli.model.reward_head import HEAD
+from align_cli.model.lora import adapted, precise
+from align_cli.model.reward_head import HEAD, Head
 
 POLICY, VALUE, REWARD = "default", "value", "reward"
 HEAD_KEY = f"base_model.model.{HEAD}.weight"
@@ -34,17 +34,25 @@ HEAD_KEY = f"base_model.model.{HEAD}.weight"
 class SharedBackbone:
     """A PeftModel with one adapter per role, and a scalar head for each role except the policy."""
 
-    def __init__(self, base: PreTrainedModel, policy: LoraConfig, *, reward: str | None, value: str | None):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        policy: LoraConfig,
+        *,
+        reward: str | None,
+        value: str | None,
+        checkpointing: bool = False,
+    ):
         """`reward` and `value` are adapters of reward models. If `reward` is None, the backbone has no reward
         role. If `value` is None, the value function starts from the policy, with a zero head."""
-        self.model: PeftModel = get_peft_model(base, policy)
+        self.model: PeftModel = adapted(base, policy, checkpointing=checkpointing)
         self.value_run = value
         self.model.add_module(f"{VALUE}_head", self._add(VALUE, value) if value else self._fresh(VALUE, policy))
         if reward:
-            head = self._add(REWARD, reward)
-            # the trainer must not add this head to its optimizer
-            self.model.add_module(f"{REWARD}_head", head.requires_grad_(False))
+            self.model.add_module(f"{REWARD}_head", self._add(REWARD, reward).frozen())
         self.as_policy()
+        # PEFT creates further adapters in the backbone's dtype
+        precise(self.trained)
 
     def as_policy(self) -> None:
         """Activate the policy's adapter and make policy and value function trainable. Must be called before an
@@ -56,7 +64,7 @@ class SharedBackbone:
         self.trained, self.frozen = adapters[POLICY] + adapters[VALUE], adapters[REWARD]
         self._switch(POLICY)
 
-    def _add(self, role: str, run: str) -> nn.Linear:
+    def _add(self, role: str, run: str) -> Head:
         """Load a reward model's adapter under the role's name; returns its head."""
         weights = load_peft_weights(run, device="cpu")
         if HEAD_KEY not in weights:
@@ -67,16 +75,16 @@ class SharedBackbone:
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
         self.model.add_adapter(role, config)
         set_peft_model_state_dict(self.model, weights, adapter_name=role)
-        head = nn.Linear(saved.shape[1], saved.shape[0], bias=False)
+        head = Head(saved.shape[1], saved.shape[0], bias=False)
         head.weight.data.copy_(saved)
         return head
 
-    def _fresh(self, role: str, config: LoraConfig) -> nn.Linear:
+    def _fresh(self, role: str, config: LoraConfig) -> Head:
         """Add an adapter like the policy's under the role's name; returns a zero head."""
         self.model.add_adapter(role, config)
         embedding = self.model.get_input_embeddings().weight
         # under ZeRO-3 the weight itself is empty here
-        head = nn.Linear(getattr(embedding, "ds_shape", embedding.shape)[1], 1, bias=False)
+        head = Head(getattr(embedding, "ds_shape", embedding.shape)[1], 1, bias=False)
         nn.init.zeros_(head.weight)
         return head
 
@@ -101,9 +109,7 @@ class SharedBackbone:
         causal = self.model.base_model.model
         trunk = getattr(causal, causal.base_model_prefix)
         hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        head = self.model.get_submodule(f"{role}_head")
-        with torch.autocast(hidden.device.type, enabled=False):
-            return head(hidden.to(head.weight.dtype)).float()
+        return self.model.get_submodule(f"{role}_head")(hidden)
 
     @contextlib.contextmanager
     def without_heads(self) -> Iterator[None]:

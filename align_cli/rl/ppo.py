@@ -86,10 +86,7 @@ class Critic:
         """(b, t) V(s) before each of the last t tokens is sampled, read at the preceding token."""
         trunk = getattr(self.value_model, self.value_model.base_model_prefix)
         hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        hidden = hidden[:, -t - 1 : -1]
-        head = self.value_model.score
-        with torch.autocast(hidden.device.type, enabled=False):
-            return head(hidden.to(head.weight.dtype)).float().mean(2)
+        return self.value_model.score(hidden[:, -t - 1 : -1]).mean(2)
 
 
 class SharedCritic:

@@ -41,7 +41,7 @@ def model(job: Job[PpoRecipe], tokenizer: PreTrainedTokenizerBase) -> PreTrained
     from the policy with a zero head."""
     path = start(job.recipe)
     if path is not None:
-        made = reward_head.load_run(path, tokenizer, job.dtype)
+        made = reward_head.load_run(path, tokenizer, job.dtype, trainable=True)
         return (trainable_whole(made) if isinstance(made, PeftModel) else made).train()
     made = reward_head.from_policy(job.recipe.model, tokenizer, dtype=job.dtype, seeds=[0], path=job.base)
     with gathered([made.score.weight], writing=True):
@@ -53,10 +53,13 @@ def backbone(job: Job[PpoRecipe], base: PreTrainedModel, args: PPOConfig, new_to
     """Policy, reference, value function and reward model as adapters of one frozen model."""
     recipe, reward = job.recipe, _reward_model(job.recipe)
     adapter = peft_config(recipe.lora, new_tokens)
-    made = SharedBackbone(base, adapter, reward=reward and reward.path, value=start(recipe))
-    if args.gradient_checkpointing:
-        made.model.enable_input_require_grads()
-    return made
+    return SharedBackbone(
+        base,
+        adapter,
+        reward=reward and reward.path,
+        value=start(recipe),
+        checkpointing=args.gradient_checkpointing,
+    )
 
 
 def backbone_scorer(job: Job[PpoRecipe], backbone: SharedBackbone) -> Scorer | None:

@@ -9,13 +9,12 @@ holds the prompt once; `data.batch_size` counts prompts; an ensemble is several 
 from __future__ import annotations
 
 import torch
-from peft import get_peft_model
 from trl import RewardConfig
 from trl.trainer.utils import disable_dropout_in_model
 
 from align_cli.data import rankings
 from align_cli.model import load, memory, reward_head
-from align_cli.model.lora import peft_config
+from align_cli.model.lora import adapted, peft_config
 from align_cli.recipe.reward_model import RmRecipe
 from align_cli.reward_model import ensemble, quality, scale
 from align_cli.reward_model.trainer import Objective, RankingTrainer
@@ -56,14 +55,8 @@ def run(job: Job[RmRecipe]) -> Outcome:
         recipe.model, tokenizer, dtype=job.dtype, seeds=seeds, path=job.base, adapter=recipe.lora is not None
     )
     if recipe.lora:
-        model = get_peft_model(model, peft_config(recipe.lora, load.new_tokens(tokenizer), "SEQ_CLS"))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                # bfloat16 would round the small updates away
-                parameter.data = parameter.data.float()
-        if args.gradient_checkpointing:
-            # checkpointed blocks whose inputs do not require gradients would get no gradients
-            model.enable_input_require_grads()
+        config = peft_config(recipe.lora, load.new_tokens(tokenizer), "SEQ_CLS")
+        model = adapted(model, config, checkpointing=args.gradient_checkpointing)
     if args.disable_dropout:
         disable_dropout_in_model(model)
     trainer = RankingTrainer(

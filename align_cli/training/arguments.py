@@ -59,6 +59,12 @@ def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
     if given.get("save_total_limit") == 1:
         # the older checkpoint is deleted before the newer one is marked complete; a kill in between would leave none
         given["save_total_limit"] = 2
+    if recipe.lora and recipe.zero.stage == 3:
+        # frozen weights under ZeRO-3 need it, as in TRL's trainers (trl#2514, deepspeedai/DeepSpeed#8130)
+        checkpointing = given.get("gradient_checkpointing_kwargs") or {}
+        if checkpointing.get("use_reentrant") is False:
+            job.say("gradient checkpointing is reentrant: LoRA under ZeRO-3 needs it")
+        fixed["gradient_checkpointing_kwargs"] = {**checkpointing, "use_reentrant": True}
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the operators it builds
         args = cls(**{**defaults, **given, **fixed})
         if args.deepspeed:
