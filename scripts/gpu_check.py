@@ -98,7 +98,8 @@ RECIPES = {
     "kto": HEAD + PAIRS + OFFLINE,
     "spin": HEAD
     + ROWS
-    + "generation: {{ max_new_tokens: 8 }}\nmethod: {{ iterations: 1, learning_rate: {rate} }}\n"
+    + "generation: {{ max_new_tokens: 8 }}\n"
+    + "method: {{ iterations: 1, stop_when_alike: false, learning_rate: {rate} }}\n"
     + "trainer: {{ max_steps: 12, per_device_train_batch_size: 4, logging_steps: 1 }}\n",
     "ppo": HEAD + REWARD + "method: {{ epochs: 2, minibatches: 1 }}\n" + ONLINE,
     "rloo": HEAD + REWARD + "method: {{ k: 4 }}\n" + ONLINE,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from align_cli.errors import UpstreamError
@@ -37,28 +36,27 @@ def peft_config(lora: Lora | None, new_tokens: Sequence[str] = (), task: str = "
 
 
 def adapted(base: PreTrainedModel, config: LoraConfig, *, checkpointing: bool) -> PeftModel:
-    """The model with a new adapter, ready to be trained as TRL's trainers train theirs: see `precise`.
+    """The model with a new adapter, whose weights, and a head's, are in `trained_dtype`.
 
     With checkpointing, the inputs require gradients, or checkpointed blocks would get none.
     """
-    model = get_peft_model(base, config, autocast_adapter_dtype=not zero.sharding())
-    precise(model.parameters())
+    dtype = trained_dtype(base)
+    model = get_peft_model(base, config, autocast_adapter_dtype=dtype == torch.float32)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     if checkpointing:
         model.enable_input_require_grads()
     return model
 
 
-def precise(parameters: Iterable[Parameter]) -> None:
-    """Cast trainable parameters to float32, since bfloat16 would round small updates away.
+def trained_dtype(base: PreTrainedModel) -> torch.dtype:
+    """The dtype of what is trained on frozen weights: float32, since bfloat16 would round small updates away.
 
-    Under ZeRO-3 they keep the dtype of the frozen weights: its optimizer holds float32 copies, and it gathers small
-    parameters into one buffer of one dtype (deepspeedai/DeepSpeed#8072).
+    Under ZeRO-3 it is that of the frozen weights, as in TRL's trainers: DeepSpeed's optimizer holds float32 copies, and
+    it gathers small parameters into one buffer of one dtype (deepspeedai/DeepSpeed#8072).
     """
-    if zero.sharding():
-        return
-    for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    return base.dtype if zero.sharding() else torch.float32
 
 
 def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -> None:

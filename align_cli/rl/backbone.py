@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align_cli.errors import UpstreamError
-from align_cli.model.lora import adapted, precise
+from align_cli.model.lora import adapted, trained_dtype
 from align_cli.model.reward_head import HEAD, Head
 
 POLICY, VALUE, REWARD = "default", "value", "reward"
@@ -46,13 +47,12 @@ class SharedBackbone:
         """`reward` and `value` are adapters of reward models. If `reward` is None, the backbone has no reward
         role. If `value` is None, the value function starts from the policy, with a zero head."""
         self.model: PeftModel = adapted(base, policy, checkpointing=checkpointing)
+        self.trained_dtype = trained_dtype(base)
         self.value_run = value
         self.model.add_module(f"{VALUE}_head", self._add(VALUE, value) if value else self._fresh(VALUE, policy))
         if reward:
             self.model.add_module(f"{REWARD}_head", self._add(REWARD, reward).frozen())
         self.as_policy()
-        # PEFT creates further adapters in the backbone's dtype
-        precise(self.trained)
 
     def as_policy(self) -> None:
         """Activate the policy's adapter and make policy and value function trainable. Must be called before an
@@ -73,20 +73,23 @@ class SharedBackbone:
         config = LoraConfig.from_pretrained(run)
         # load a classifier's adapter into a language model: the same layers, without the head
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-        self.model.add_adapter(role, config)
+        self._add_adapter(role, config)
         set_peft_model_state_dict(self.model, weights, adapter_name=role)
         head = Head(saved.shape[1], saved.shape[0], bias=False)
         head.weight.data.copy_(saved)
-        return head
+        return head.to(self.trained_dtype) if role == VALUE else head
 
     def _fresh(self, role: str, config: LoraConfig) -> Head:
         """Add an adapter like the policy's under the role's name; returns a zero head."""
-        self.model.add_adapter(role, config)
+        self._add_adapter(role, config)
         embedding = self.model.get_input_embeddings().weight
         # under ZeRO-3 the weight itself is empty here
         head = Head(getattr(embedding, "ds_shape", embedding.shape)[1], 1, bias=False)
         nn.init.zeros_(head.weight)
-        return head
+        return head.to(self.trained_dtype)
+
+    def _add_adapter(self, role: str, config: LoraConfig) -> None:
+        self.model.add_adapter(role, config, autocast_adapter_dtype=self.trained_dtype == torch.float32)
 
     def _switch(self, role: str) -> None:
         self.model.base_model.set_adapter(role)

@@ -67,7 +67,7 @@ def test_scores_in_bfloat16_differ_by_the_trunk_alone(saved):
 
 
 def test_adapters_on_bfloat16_weights_are_float32(tmp_path):
-    """PEFT makes second adapters in the backbone's dtype: bfloat16 would round their updates away."""
+    """bfloat16 would round their updates away."""
     named = Model(path=str(tiny.model(tmp_path / "base")))
     tok, config = load.tokenizer(named), peft_config(Lora(r=4))
     policy = load.policy(named, tok, dtype="bfloat16", path=named.path)
@@ -75,6 +75,15 @@ def test_adapters_on_bfloat16_weights_are_float32(tmp_path):
     trained = {name: p.dtype for name, p in backbone.model.named_parameters() if p.requires_grad}
     assert {name.split(".")[-2] for name in trained} >= {"default", "value"}
     assert set(trained.values()) == {torch.float32}
+
+
+def test_under_zero3_everything_trained_has_the_dtype_of_the_frozen_weights(tmp_path, monkeypatch):
+    """DeepSpeed gathers small parameters into a buffer of one dtype (deepspeedai/DeepSpeed#8072)."""
+    named = Model(path=str(tiny.model(tmp_path / "base")))
+    policy = load.policy(named, load.tokenizer(named), dtype="bfloat16", path=named.path)
+    monkeypatch.setattr("align_cli.model.zero.sharding", lambda: True)
+    backbone = SharedBackbone(policy, peft_config(Lora(r=4)), reward=None, value=None)
+    assert {p.dtype for p in backbone.model.parameters()} == {torch.bfloat16}
 
 
 def test_a_reward_models_head_is_trained_in_float32(saved):
