@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import tiny
+import warm
 
 WARM, COLD = ["red", "orange", "amber", "gold", "pink"], ["blue", "green", "teal", "navy", "grey"]
 
@@ -52,6 +53,9 @@ trainer: {{ learning_rate: 1.0e-3, max_steps: 6, per_device_train_batch_size: 2 
 
 
 def align(*words: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
+    """A finished command. With keywords of `subprocess.run`, it is a process of its own from the start."""
+    if not kwargs and (server := warm.server()):
+        return server.run(words, cwd)
     return subprocess.run(
         [sys.executable, "-m", "align_cli", *words], cwd=cwd, capture_output=True, text=True, timeout=900, **kwargs
     )

@@ -76,3 +76,24 @@ def test_a_check_that_fails_is_a_row():
 
     row = gpu_check.measured("sft lora", broken)
     assert row.ok is False and row.found == "Failed: exit code 1: boom"
+
+
+def test_a_second_call_goes_on_and_repeats_what_failed(tmp_path, monkeypatch, capsys):
+    called, good = [], {"sft": True, "rm": False}
+
+    def row(key):
+        called.append(key)
+        return gpu_check.Row("Correctness", key, "runs", "ran", good[key])
+
+    monkeypatch.setattr(gpu_check, "checks", lambda machine, stages: [(key, lambda key=key: row(key)) for key in good])
+    monkeypatch.setattr(gpu_check, "build", lambda folder: folder)
+    words = ["gpu_check.py", "--device", "cpu", "--work", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    for code in (1, 0):
+        with pytest.raises(SystemExit) as end:
+            gpu_check.main()
+        assert end.value.code == code
+        good["rm"] = True
+    assert called == ["sft", "rm", "rm"]
+    page = next((tmp_path / "out").glob("*.md")).read_text()
+    assert "2 checks hold, 0 do not" in page and page.count("| rm |") == 1
