@@ -160,6 +160,20 @@ def test_a_base_model_gets_a_template_and_a_pad_token_that_is_not_eos(home):
     assert config["pad_token_id"] == saved.pad_token_id
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_embeddings_that_a_template_widened_are_sharded_like_the_others(home, stage):
+    """Policy and reference get rows for the template's tokens before ZeRO-3 shards them; all rows are saved."""
+    project.tiny.without_markers(home / "models" / "unmarked")
+    words = (stage, "recipe=t", "model.path=models/unmarked", "model.chat_template=chatml")
+    ok(*words, f"run_dir=runs/widened/{stage}", cwd=home)
+    ok(*words, f"run_dir=runs/widened-zero3/{stage}", "launch.num_gpus=2", "zero=zero3", cwd=home)
+    one, two = (home / "runs" / name / stage for name in ("widened", "widened-zero3"))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    sizes = {run: load(run).get_input_embeddings().weight.shape[0] for run in (one, two)}
+    assert sizes[one] == sizes[two] > load(home / "models/unmarked").get_input_embeddings().weight.shape[0]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 @pytest.mark.parametrize(
     ("stage", "file", "rows", "used"),
