@@ -213,7 +213,7 @@ def merge(
     from pathlib import Path
 
     from align_cli.model import kind
-    from align_cli.run import environment
+    from align_cli.run import environment, manifest
 
     contents = kind.look(run)
     if contents.kind != "adapter":
@@ -230,6 +230,7 @@ def merge(
     from align_cli.model import lora
 
     lora.merge(run, destination)
+    manifest.merged(run, destination)
     typer.echo(f"{destination}: {run} merged into {contents.base}")
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from align_cli import driver, hardware
-from align_cli.errors import AlignError, LaunchError
+from align_cli.errors import AlignError, Interrupted, LaunchError
 from align_cli.hardware import Machine
 
 Value = TypeVar("Value")
@@ -138,6 +138,25 @@ def from_rank_0(decide: Callable[[], Value]) -> Value:
     value, error = broadcast((value, error))
     if error is not None:
         raise error
+    return value
+
+
+def together(compute: Callable[[], Value]) -> Value:
+    """What `compute` returns on this rank. For what may fail on one rank alone, such as a user's function: every rank
+    raises the AlignError of the first rank that failed, which would otherwise leave the others waiting for it."""
+    value: Value | None = None
+    error: AlignError | None = None
+    try:
+        value = compute()
+    except AlignError as raised:
+        error = raised
+    failed = [(at, one) for at, one in enumerate(gather(error)) if one is not None]
+    if failed:
+        at, first = failed[0]
+        everywhere = len(failed) == world_size() and all(one.lines == first.lines for _, one in failed)
+        if not everywhere and not isinstance(first, Interrupted):
+            first = AlignError(*(f"rank {at}: {line}" for line in first.lines))
+        raise first
     return value
 
 

@@ -31,8 +31,28 @@ class UpstreamError(AlignError):
     """A model, run or reward function that the recipe or the command names cannot be used there."""
 
 
+class TrainingError(AlignError):
+    """Training cannot go on: a loss, a weight or a score has become NaN or infinite, or there is nothing to train."""
+
+
 class LaunchError(AlignError):
     """The launch failed: ranks, hosts or devices do not exist, or another process uses the run's directory."""
+
+
+class Interrupted(AlignError):
+    """A signal came while the run waited for somebody else, and nothing is left to finish."""
+
+    def __init__(self, number: int, *lines: str):
+        super().__init__(*lines)
+        self.exit_code = 128 + number
+
+
+class EndpointError(AlignError):
+    """A server did not answer as it should; `code` is its HTTP status, or 0."""
+
+    def __init__(self, line: str, code: int = 0):
+        super().__init__(line)
+        self.code = code
 
 
 def raise_all(kind: type[AlignError], lines: list[str]) -> None:

@@ -1,6 +1,7 @@
 """A server that speaks the OpenAI-compatible protocol, for real, on a port of this machine; told to misbehave."""
 
 import contextlib
+import gzip
 import json
 import threading
 import time
@@ -21,7 +22,9 @@ class Server(ThreadingHTTPServer):
         self.asked: Counter[str] = Counter()
         """How often each request's messages were answered."""
         self.trouble: list[str] = []
-        """What befalls the next requests, one each: 429, 500, cut, junk, slow."""
+        """What befalls the next requests, one each: 429, wait, 500, cut, junk, slow, filter, html, gzip, thoughts."""
+        self.refuses_log_probabilities = 400
+        """Status code with which log-probabilities are refused, if `log_probabilities` is false."""
         self.dies_after: int | None = None
         """From so many answers on, everything is a 500."""
         self.log_probabilities, self.slow = True, 0.0
@@ -52,6 +55,18 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(server.slow)
         if trouble == "429":
             self._send(429, {"error": {"message": f"slow down, {KEY}"}}, {"Retry-After": "0"})
+        elif trouble == "wait":
+            self._send(429, {"error": {"message": "come back in an hour"}}, {"Retry-After": "3600"})
+        elif trouble == "filter":
+            error = {"code": "content_filter", "message": "The prompt triggered our content management policy."}
+            self._send(400, {"error": error})
+        elif trouble == "html":
+            self._write(200, b"<!doctype html><title>Sign in</title>")
+        elif trouble == "gzip":
+            self._write(200, gzip.compress(json.dumps(self._answer(body)).encode()))
+        elif trouble == "thoughts":
+            message = {"role": "assistant", "content": None, "reasoning_content": "(A) or (B)?"}
+            self._send(200, {"choices": [{"finish_reason": "length", "message": message}], "usage": "a lot"})
         elif trouble == "500":
             self._send(500, {"error": {"message": f"no luck with {self.headers['Authorization']}"}})
         elif trouble == "cut":
@@ -59,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         elif trouble == "junk":
             self._send(200, {"choices": []})
         elif body.get("logprobs") and not server.log_probabilities:
-            self._send(400, {"error": {"message": "logprobs are not supported"}})
+            self._send(server.refuses_log_probabilities, {"error": {"message": "logprobs are not supported"}})
         else:
             with server.lock:
                 server.asked[json.dumps(body["messages"])] += 1
@@ -91,7 +106,9 @@ class Handler(BaseHTTPRequestHandler):
         return {"choices": [choice], "usage": usage}
 
     def _send(self, code, body, headers=(), cut=0):
-        text = json.dumps(body).encode()
+        self._write(code, json.dumps(body).encode(), headers, cut)
+
+    def _write(self, code, text, headers=(), cut=0):
         self.send_response(code)
         for name, value in dict(headers).items():
             self.send_header(name, value)

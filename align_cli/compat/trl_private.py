@@ -127,9 +127,13 @@ class PreparedRows:
         """Held-out metrics since the last log, by name."""
         return self._metrics["eval"]
 
-    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on this rank's device."""
-        return self._prepare_inputs(batch)
+    def whole_loss(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> float:
+        """TRL's loss of a batch; its figures are added to those of the model's mode."""
+        return float(self._compute_loss(model, inputs, False))
+
+    def drop_eval_figure(self, name: str) -> None:
+        """Leave out a held-out metric."""
+        self._metrics["eval"].pop(name, None)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return self.prepared(dataset)

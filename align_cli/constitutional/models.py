@@ -57,7 +57,7 @@ class Models:
         if source is None:
             return default()
         settings, dtype = self.job.recipe.generation, self.job.precision.generator
-        return self._once(key, lambda spend: from_source(source, key, settings, spend, dtype=dtype))
+        return self._once(key, lambda spend: from_source(source, key, settings, spend, dtype=dtype, say=self.job.say))
 
     def _local(self, model: Model, path: str, spend: Spend) -> Generator:
         return LocalGenerator(model, path, self.job.recipe.generation, spend, dtype=self.job.precision.generator)

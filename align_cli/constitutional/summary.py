@@ -52,7 +52,8 @@ def _flags(steps: Sequence[Row], key: str) -> dict[str, int]:
 
 def of_labels(labels: Sequence[Row], left_out: Sequence[Row]) -> dict[str, Any]:
     """Counts and means of a judge's labels: confidence |2p - 1|, position bias, and how often the orders disagree."""
-    judged = [row for row in [*labels, *left_out] if row.get("orders")]
+    # a judge may have named no letter in one order
+    judged = [row for row in [*labels, *left_out] if row.get("orders") and all("p" in order for order in row["orders"])]
     pairs = [tuple(order["p"] for order in row["orders"]) for row in judged]
     counts: dict[str, Any] = {"rows": len(labels), "left_out": dict(Counter(row["why"] for row in left_out))}
     if labels:

@@ -22,6 +22,11 @@ CHOICE = re.compile(
     r"\(\s*([AB])\s*\)|\b(?:[Aa]nswer|[Oo]ption|[Rr]esponse|[Cc]hoice)(?: is)?\W{0,3}([AB])\b|\A\W*([AB])\b(?!\s+\w)"
 )
 
+THOUGHT = "</think>"
+"""End of a reply's reasoning, in which letters choose nothing."""
+LEAST = -1e4
+"""Log-probability that stands for 0: servers send -inf, -9999, or null."""
+
 LogProbs = tuple[float, float]
 """(log p(A), log p(B))."""
 
@@ -51,29 +56,60 @@ def choose(model: PreTrainedModel, questions: Sequence[tuple[list[int], int, int
 
 
 def read_choice(text: str) -> str | None:
-    """The letter that a reply chooses; None if it names neither or both."""
+    """The letter that a reply chooses, after its reasoning; None if it names neither or both."""
+    text = text.rpartition(THOUGHT)[2]
     chosen = {letter for groups in CHOICE.findall(text) for letter in groups if letter}
     return chosen.pop() if len(chosen) == 1 else None
 
 
-def read_log_probabilities(tokens: Sequence[dict[str, Any]]) -> LogProbs | None:
+def read_log_probabilities(tokens: Any) -> LogProbs | None:
     """(log p(A), log p(B)) from the `logprobs.content` of a chat completion, at its first token that is A or B.
 
     A letter that is not listed gets the smallest listed probability, which is an upper bound. None if no token is a
-    letter.
+    letter. Reasoning is skipped, and so is an article at the start of a sentence (`A better answer …`).
     """
-    for entry in tokens:
-        if _letter(entry["token"]) is None:
+    entries = [entry for entry in tokens if isinstance(entry, dict)] if isinstance(tokens, list) else []
+    texts = [str(entry.get("token") or "") for entry in entries]
+    thought = "".join(texts).rfind(THOUGHT)
+    seen = 0
+    for at, (entry, text) in enumerate(zip(entries, texts, strict=True)):
+        seen += len(text)
+        if seen <= thought + len(THOUGHT) * (thought >= 0) or _letter(text) is None:
             continue
-        listed = [*entry.get("top_logprobs", []), {"token": entry["token"], "logprob": entry["logprob"]}]
-        # the chosen token is also in its own list of alternatives
-        listed = list({item["token"]: item["logprob"] for item in listed}.items())
+        if re.match(r"\s+[a-z]", "".join(texts[at + 1 :])) and "(" not in "".join(texts[: at + 1]):
+            continue
+        listed = _listed(entry.get("top_logprobs")) | _listed([entry])
         sums = {}
         for name in "AB":
-            values = [value for token, value in listed if _letter(token) == name]
-            sums[name] = math.log(sum(map(math.exp, values))) if values else min(value for _, value in listed)
-        return sums["A"], sums["B"]
+            values = [value for token, value in listed.items() if _letter(token) == name]
+            sums[name] = _summed(values) if values else min(listed.values(), default=LEAST)
+        return (sums["A"], sums["B"]) if listed else None
     return None
+
+
+def _listed(alternatives: Any) -> dict[str, float]:
+    """Token -> log-probability of a list of alternatives, or of a mapping as in completions, where it is a number."""
+    if isinstance(alternatives, dict):
+        alternatives = [{"token": token, "logprob": value} for token, value in alternatives.items()]
+    pairs = [
+        (one.get("token"), one.get("logprob"))
+        for one in (alternatives if isinstance(alternatives, list) else [])
+        if isinstance(one, dict)
+    ]
+    return {
+        token: min(max(float(value), LEAST), 0.0)
+        for token, value in pairs
+        if isinstance(token, str)
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and not math.isnan(value)
+    }
+
+
+def _summed(values: list[float]) -> float:
+    """log Σ exp; LEAST if all are as good as 0."""
+    most = max(values)
+    return max(most + math.log(sum(math.exp(value - most) for value in values)), LEAST)
 
 
 def _letter(token: str) -> str | None:

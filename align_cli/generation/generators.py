@@ -6,7 +6,6 @@ The writer and judge of Constitutional AI and the judges used as rewards are gen
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cli import distributed
 from align_cli.data import chat
-from align_cli.errors import AlignError, raise_all
+from align_cli.errors import AlignError, EndpointError, raise_all
 from align_cli.generation import choice
 from align_cli.generation.choice import LogProbs
 from align_cli.generation.engine import TransformersEngine
 from align_cli.generation.sampling import Sampler
-from align_cli.model import load
+from align_cli.model import kind, load
 from align_cli.model.endpoint import Endpoint
 from align_cli.recipe.constitutional import CaiGeneration
 from align_cli.recipe.generation import Generation, GeneratorSource
 from align_cli.recipe.sections import Model
 
+REFUSALS = (400, 403, 404, 405, 415, 422, 501)
+"""Status codes with which servers refuse to give log-probabilities."""
 Message = dict[str, str]
 Sampling = Generation | CaiGeneration
 """The `generation:` section of a recipe."""
@@ -131,8 +132,8 @@ class LocalGenerator:
 class EndpointGenerator:
     """A model behind an OpenAI-compatible API."""
 
-    def __init__(self, source: GeneratorSource, key: str, settings: Sampling, spend: Spend):
-        self.endpoint, self.settings = Endpoint(source, key, spend), settings
+    def __init__(self, source: GeneratorSource, key: str, settings: Sampling, spend: Spend, say: Callable[[str], None]):
+        self.endpoint, self.settings = Endpoint(source, key, spend, say=say), settings
         self.workers = max(source.concurrency // distributed.world_size(), 1)
         self.log_probabilities = True
 
@@ -167,23 +168,35 @@ class EndpointGenerator:
         if self.log_probabilities:
             try:
                 reply = self.endpoint.complete(turns, logprobs=True, top_logprobs=20, **settings)
-            except AlignError as error:
-                if "answered 400" not in str(error) and "answered 422" not in str(error):
+            except EndpointError as error:
+                # some servers or keys are not allowed to give log-probabilities, each refuses in its own way
+                if error.code not in REFUSALS:
                     raise
+                reply = self.endpoint.complete(turns, **settings)
                 self.log_probabilities = False
+                return self._read(reply)
         if not self.log_probabilities:
             reply = self.endpoint.complete(turns, **settings)
-        tokens = (reply.get("logprobs") or {}).get("content") or []
-        if tokens and (log_probs := choice.read_log_probabilities(tokens)):
-            return log_probs
+        return self._read(reply)
+
+    @staticmethod
+    def _read(reply: dict[str, Any]) -> LogProbs | None:
+        """The choice that a reply makes, by its log-probabilities if it has them."""
+        log_probs = reply.get("logprobs")
+        tokens = log_probs.get("content") if isinstance(log_probs, dict) else None
+        if tokens and (read := choice.read_log_probabilities(tokens)):
+            return read
         letter = choice.read_choice(reply["message"].get("content") or "")
         return None if letter is None else (0.0, -1e4) if letter == "A" else (-1e4, 0.0)
 
 
-def from_source(source: GeneratorSource, key: str, settings: Sampling, spend: Spend, *, dtype: str) -> Generator:
-    """The generator that a recipe names under `key`: behind its endpoint, or loaded from its path."""
+def from_source(
+    source: GeneratorSource, key: str, settings: Sampling, spend: Spend, *, dtype: str, say: Callable[[str], None]
+) -> Generator:
+    """The generator that a recipe names under `key`: behind its endpoint, or loaded from its path. `say` prints what it
+    waits for."""
     if source.endpoint:
-        return EndpointGenerator(source, key, settings, spend)
+        return EndpointGenerator(source, key, settings, spend, say)
     model = Model(path=source.path, chat_template=source.chat_template)
     return LocalGenerator(model, source.path, settings, spend, dtype=dtype)
 
@@ -206,5 +219,8 @@ def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase, dtype: str, path: 
     adapter = Path(path) / "adapter_config.json"
     if not adapter.is_file():
         return load.policy(model, tokenizer, dtype=dtype, path=path)
-    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    contents = kind.look(path)
+    if contents.kind != "adapter":
+        raise AlignError(f"{path}: {contents.finding}; {contents.remedy}")
+    base = contents.base
     return PeftModel.from_pretrained(load.policy(model, tokenizer, dtype=dtype, path=base, adapter=True), path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from align_cli.errors import TrainingError
 from align_cli.recipe.constitutional import CaiGeneration
 from align_cli.recipe.generation import Generation
 
@@ -97,6 +98,11 @@ def _generate(
         )[:, p:].tolist()
     finally:
         whole.remove()
+    if not choose.finite:
+        raise TrainingError(
+            "generation: the model's logits are NaN or infinite, so that nothing can be sampled; lower "
+            "trainer.learning_rate, or look at the model's weights"
+        )
     cut = [next((at + 1 for at, token in enumerate(row) if token in ends), len(row)) for row in made]
     return [row[:end] for row, end in zip(made, cut, strict=True)]
 
@@ -129,6 +135,8 @@ class SeededSampling(LogitsProcessor):
 
     def __init__(self, seeds: list[int], *, temperature: float, top_p: float, top_k: int, start: int):
         self.seeds, self.temperature, self.start = torch.tensor(seeds), temperature, start
+        self.finite: Tensor | bool = True
+        """Whether all probabilities so far were numbers; read at the end, since reading waits for the device."""
         self.warpers: list[LogitsProcessor] = []
         if top_k:
             self.warpers.append(TopKLogitsWarper(top_k))
@@ -141,7 +149,9 @@ class SeededSampling(LogitsProcessor):
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         summed = scores.softmax(1).double().cumsum(1)
+        self.finite = self.finite & summed[:, -1].isfinite().all()
         drawn = uniform(self.seeds.to(scores.device), input_ids.shape[1] - self.start)
         # right=True takes the first sum above the draw, so that a token of probability 0 is never sampled
         sample = torch.searchsorted(summed, drawn.unsqueeze(1) * summed[:, -1:], right=True)
+        sample = sample.clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, sample, 0.0)

@@ -10,21 +10,26 @@ import json
 import math
 import os
 import random
-import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import httpx2
 
-from align_cli.errors import AlignError
+from align_cli import signals
+from align_cli.errors import EndpointError
 from align_cli.recipe.generation import GeneratorSource
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Status codes after which the same request may succeed later."""
 LONGEST_PAUSE = 60.0
 """Maximum number of seconds between two attempts."""
+SAID_PAUSE = 10.0
+"""Seconds from which on a pause is announced."""
 LARGEST_BODY = 64 << 20
 """Maximum number of bytes read from a response body."""
+FILTERS = ("content_filter", "content filter", "content_policy", "content management policy", "responsibleaipolicy")
+"""Words by which servers say that their content filter refused a request."""
 TOKENS = ("prompt_tokens", "completion_tokens")
 
 
@@ -36,25 +41,29 @@ class Endpoint:
         source: GeneratorSource,
         key: str,
         spend: Callable[[dict[str, int]], None] = lambda used: None,
-        pause: Callable[[float], None] = time.sleep,
+        pause: Callable[[float], None] = signals.pause,
+        say: Callable[[str], None] = lambda text: None,
     ):
-        self.source, self.key, self.spend, self.pause = source, key, spend, pause
+        self.source, self.key, self.spend, self.pause, self.say = source, key, spend, pause, say
         self.base = source.endpoint.rstrip("/")
+        # a proxy cannot reach this machine's own servers
+        self.direct = httpx2.URL(self.base).host in ("localhost", "127.0.0.1", "::1")
         self.secret = os.environ.get(source.key_env, "") if source.key_env else ""
         self.tls = httpx2.create_ssl_context()
 
     def probe(self) -> None:
-        """Raise AlignError if the server cannot be reached or refuses the key. Servers need not list their models."""
+        """Raises EndpointError if the server cannot be reached or refuses the key. It need not list its models."""
         try:
             self._send("/models", None)
         except _Failure as failure:
             if failure.code in (401, 403) or failure.reason in ("connection", "timeout"):
-                raise AlignError(self._complaint(failure)) from None
+                raise EndpointError(self._complaint(failure), failure.code) from None
 
     def complete(self, messages: list[dict[str, str]], **settings: Any) -> dict[str, Any]:
         """The first choice of a chat completion, retried as often as the recipe allows.
 
-        Raises AlignError, in one line, if retrying cannot help or the last attempt failed.
+        A request that the server's content filter refuses gets an empty answer, and is counted. Raises EndpointError,
+        in one line, if retrying cannot help or the last attempt failed.
         """
         body = {"model": self.source.model, "messages": messages, **settings}
         for attempt in range(self.source.retries + 1):
@@ -64,6 +73,9 @@ class Endpoint:
                 if not isinstance(choice["message"].get("content") or "", str):
                     raise TypeError("content")
             except _Failure as error:
+                if error.filtered:
+                    self.spend({"requests": 1, "filtered": 1})
+                    return {"message": {"content": ""}, "finish_reason": "content_filter"}
                 failure = error
             except (KeyError, IndexError, TypeError, AttributeError):
                 failure = _Failure("answered with something other than a chat completion", "truncated")
@@ -71,10 +83,13 @@ class Endpoint:
                 self.spend({"requests": 1} | _usage(answer.get("usage")))
                 return choice
             if not failure.reason or attempt == self.source.retries:
-                raise AlignError(self._complaint(failure, attempt))
+                raise EndpointError(self._complaint(failure, attempt), failure.code)
             self.spend({f"retries_{failure.reason}": 1})
             wait = min(2.0**attempt, LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-            self.pause(failure.after if failure.after is not None else wait)
+            seconds = failure.after if failure.after is not None else wait
+            if seconds >= SAID_PAUSE:
+                self.say(f"{self.key}: {self.base} {failure.text}; asking again in {seconds:.0f} seconds")
+            self.pause(seconds)
         raise AssertionError
 
     def _send(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -85,6 +100,9 @@ class Endpoint:
             response, text = asyncio.run(self._exchange(path, body))
             if not response.is_success:
                 raise self._refusal(response, text)
+            text = _unpacked(text)
+            if text.lstrip()[:1] == b"<":
+                raise _Failure("answered with a web page, not with JSON", "")
             return _without_surrogates(json.loads(text))
         except (TimeoutError, httpx2.TimeoutException):
             raise _Failure(f"did not respond within {timeout:g} seconds", "timeout") from None
@@ -100,7 +118,9 @@ class Endpoint:
         async with (
             asyncio.timeout(self.source.timeout),
             # the key must not follow a redirect to another host
-            httpx2.AsyncClient(verify=self.tls, timeout=None, headers=headers, follow_redirects=False) as client,
+            httpx2.AsyncClient(
+                verify=self.tls, timeout=None, headers=headers, follow_redirects=False, trust_env=not self.direct
+            ) as client,
             client.stream(method, self.base + path, json=body) as response,
         ):
             text = bytearray()
@@ -126,8 +146,10 @@ class Endpoint:
             message = body.get("message", "") if isinstance(body, dict) else body
         except (ValueError, RecursionError):
             message = ""
+        filtered = code == 400 and any(word in str(body if message else "").lower() for word in FILTERS)
         message = self._without_key(" ".join(str(_without_surrogates(message)).split()))[:200]
-        return _Failure(f"answered {code}{f' ({message})' if message else ''}", reason, code=code, after=after)
+        text = f"answered {code}{f' ({message})' if message else ''}"
+        return _Failure(text, reason, code=code, after=after, filtered=filtered)
 
     def _without_key(self, text: str) -> str:
         """Remove the key from a text, since some servers echo it."""
@@ -156,9 +178,20 @@ class Endpoint:
 class _Failure(Exception):
     """A request without a usable response; `reason` is empty if retrying cannot help."""
 
-    def __init__(self, text: str, reason: str, *, code: int = 0, after: float | None = None):
+    def __init__(self, text: str, reason: str, *, code: int = 0, after: float | None = None, filtered: bool = False):
         super().__init__(text)
-        self.text, self.reason, self.code, self.after = text, reason, code, after
+        self.text, self.reason, self.code, self.after, self.filtered = text, reason, code, after, filtered
+
+
+def _unpacked(body: bytes) -> bytes:
+    """The body without gzip, for servers that compress it and do not say so. Raises ValueError if it is broken."""
+    if body[:2] != b"\x1f\x8b":
+        return body
+    unpack = zlib.decompressobj(31)
+    try:
+        return unpack.decompress(body, LARGEST_BODY)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
 
 
 class _CutOff(Exception):

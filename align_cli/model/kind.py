@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,10 +53,12 @@ def look(path: str) -> Contents:
         return Contents(path, "other", *torn, config=config)
     if (folder / "adapter_config.json").is_file():
         adapter = _json(folder / "adapter_config.json") or {}
-        base = adapter.get("base_model_name_or_path")
-        return Contents(
-            path, "adapter", base=base if isinstance(base, str) else None, reward=adapter.get("task_type") == "SEQ_CLS"
-        )
+        base, unchanged = _base(folder, adapter.get("base_model_name_or_path"))
+        reward = adapter.get("task_type") == "SEQ_CLS"
+        if unchanged:
+            return Contents(path, "adapter", base=base, reward=reward)
+        finding = f"is an adapter whose base {base} has changed since it was trained"
+        return Contents(path, "other", finding, "put the old base back, or train the adapter again", base, reward)
     if config is None:
         there = (folder / "config.json").is_file()
         return Contents(path, "other", "its config.json is not a JSON object" if there else "holds no config.json")
@@ -67,6 +70,40 @@ def look(path: str) -> Contents:
     if isinstance(architectures, list) and str(architectures[0]).endswith("ForSequenceClassification"):
         return Contents(path, "reward-model", config=config)
     return Contents(path, "causal-lm", config=config)
+
+
+BASE = "base.json"
+"""File of an adapter's run that names its base: path, path from the run, and fingerprint when it was trained."""
+
+
+def name_base(folder: Path, base: str, weights: str | None) -> None:
+    """Record the base of the adapter in `folder`: its path, also from there, since both may be moved or be named from
+    another directory, and the fingerprint of its weights when the adapter was trained."""
+    entry = {"path": base, "fingerprint": weights}
+    if Path(base).is_dir():
+        entry["from_run"] = os.path.relpath(base, folder)
+    (folder / BASE).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+
+
+def _base(folder: Path, name: object) -> tuple[str | None, bool]:
+    """(where an adapter's base is, whether its weights are those that the adapter was trained on).
+
+    A relative path is looked up from the working directory and from the adapter; a base that was run again since, below
+    the name that it got then. A hub id, or a path where nothing is, comes back as it is.
+    """
+    if not isinstance(name, str):
+        return None, True
+    kept = _json(folder / BASE) or {}
+    beside = [folder / kept["from_run"]] if isinstance(kept.get("from_run"), str) else []
+    above = [parent / name for parent in folder.resolve().parents] if not Path(name).is_absolute() else []
+    places = [Path(name), *(Path(os.path.normpath(place)) for place in beside), *above]
+    places += [old for place in places[:2] if place.parent.is_dir() for old in place.parent.glob(f"{place.name}.old-*")]
+    there = list(dict.fromkeys(place for place in places if place.is_dir()))
+    wanted = kept.get("fingerprint")
+    for place in there if wanted else there[:1]:
+        if not wanted or fingerprint(str(place)) == wanted:
+            return name if place == Path(name) else str(place), True
+    return (str(there[0]), False) if there else (name, True)
 
 
 def _here() -> set[str]:
@@ -93,6 +130,31 @@ def parameters(path: str) -> int | None:
                     size *= length
                 total += size
     return total or None
+
+
+def config(path: str) -> dict | None:
+    """The config.json of a model, or of an adapter's base; None if it is not at hand."""
+    contents = look(path)
+    return config(contents.base) if contents.kind == "adapter" and contents.base else contents.config
+
+
+def heads(path: str) -> int | None:
+    """Number of scalar heads in the weights of a reward model or its adapter; None without one."""
+    for file in Path(path).glob("*.safetensors"):
+        for name, entry in header(file).items():
+            if name.endswith("score.weight"):
+                return entry["shape"][0]
+    return None
+
+
+def modules(path: str) -> set[str]:
+    """Names of the modules with a matrix in a directory's safetensors: those that may get an adapter."""
+    return {
+        name.removesuffix(".weight")
+        for file in Path(path).glob("*.safetensors")
+        for name, entry in header(file).items()
+        if name.endswith(".weight") and len(entry["shape"]) == 2
+    }
 
 
 def header(file: Path) -> dict:

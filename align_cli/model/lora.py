@@ -63,15 +63,17 @@ def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -
     """Merge an adapter into its base and write the result to `destination`, atomically.
 
     The merge is done in float32, since adding the small update to bfloat16 weights would round it away. Raises
-    UpstreamError if `adapter` is not an adapter or its base does not exist.
+    UpstreamError if `adapter` is not an adapter, or its base does not exist or has changed.
     """
     contents = kind.look(adapter)
+    if contents.kind == "other" and contents.base:
+        raise UpstreamError(f"{adapter}: {contents.finding}; {contents.remedy}")
     if contents.kind != "adapter" or contents.base is None:
         raise UpstreamError(f"{adapter}: is not an adapter; a full model needs no merging")
     if kind.look(contents.base).kind not in ("causal-lm", "reward-model", "hub"):
         raise UpstreamError(f"{adapter}: its base {contents.base} does not exist; put it back, then merge")
     loader: Any = AutoModelForSequenceClassification if contents.reward else AutoModelForCausalLM
-    extra = {"num_labels": 1} if contents.reward else {}
+    extra = {"num_labels": kind.heads(adapter)} if contents.reward else {}
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     with zero.loading_whole():
         base = loader.from_pretrained(

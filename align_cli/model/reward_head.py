@@ -96,25 +96,22 @@ def load_run(path: str, tok: PreTrainedTokenizerBase, dtype: str = "float32", *,
     Unless trainable, its head stays as it was saved, in float32, whatever the dtype of the other weights.
     """
     contents = kind.look(path)
+    if contents.kind == "other":
+        raise UpstreamError(f"{path}: {contents.finding}" + (f"; {contents.remedy}" if contents.remedy else ""))
     if contents.kind != "adapter":
         model = load(Model(path=path), tok, dtype=dtype, path=path)
     else:
         if contents.base is None or kind.look(contents.base).kind not in ("causal-lm", "hub"):
             raise UpstreamError(f"{path}: its base {contents.base} does not exist; put it back, or name a merged model")
-        shapes = [entry["shape"] for name, entry in _saved(path).items() if name.endswith(f"{HEAD}.weight")]
-        if not shapes:
+        if (heads := kind.heads(path)) is None:
             raise UpstreamError(f"{path}: its adapter holds no head; it was not trained by `align rm`")
-        base = load(Model(path=contents.base), tok, dtype=dtype, path=contents.base, heads=shapes[0][0], adapter=True)
+        base = load(Model(path=contents.base), tok, dtype=dtype, path=contents.base, heads=heads, adapter=True)
         model = PeftModel.from_pretrained(base, path)
     if not trainable:
         saved = _saved_head(path)
         for head in [module for module in model.modules() if isinstance(module, Head)]:
             head.frozen(saved)
     return model.to(distributed.device()).eval()
-
-
-def _saved(path: str) -> dict[str, Any]:
-    return {name: entry for file in Path(path).glob("*.safetensors") for name, entry in kind.header(file).items()}
 
 
 def _saved_head(path: str) -> Tensor | None:

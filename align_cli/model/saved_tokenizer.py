@@ -58,6 +58,13 @@ class SavedTokenizer:
         )
         return text
 
+    def length(self, prompt: list[dict[str, Any]], folder: str) -> int:
+        """Number of tokens of a prompt, with the tokenizer.json of the model directory."""
+        from tokenizers import Tokenizer
+
+        text = self.apply_chat_template(prompt, add_generation_prompt=True)
+        return len(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")).encode(text, add_special_tokens=False).ids)
+
 
 def read(model: Model, path: str) -> SavedTokenizer | None:
     """The tokenizer of a model directory with the recipe's settings; None without a template or tokenizer.json."""

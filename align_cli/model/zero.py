@@ -14,6 +14,7 @@ from align_cli.recipe.sections import Zero
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from torch.nn import Parameter
     from transformers import PreTrainedModel
 
@@ -96,6 +97,11 @@ def sharding() -> bool:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return is_deepspeed_zero3_enabled()
+
+
+def local(parameter: Parameter) -> Tensor:
+    """This rank's part of a parameter: its shard under ZeRO-3, else all of it."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
 
 
 def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> contextlib.AbstractContextManager[None]:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Module
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
@@ -26,6 +28,7 @@ from align_cli.model import kind, load
 from align_cli.model.lora import peft_config
 from align_cli.recipe.preferences import DpoMethod, DpoRecipe, SpinRecipe
 from align_cli.training.arguments import arguments as training_arguments
+from align_cli.training.held_out import HeldOut, Outputs, Replay, of_tokens
 from align_cli.training.job import Job
 from align_cli.training.placement import policy, separate_reference
 
@@ -86,14 +89,48 @@ def trl_loss(losses: list[str], label_smoothing: float) -> tuple[list[str], floa
     return losses, label_smoothing
 
 
-class DpoTrainer(PreparedRows, DPOTrainer):
-    """DPOTrainer for `prompt_ids`, `chosen_ids`, `rejected_ids` that caches reference log-probabilities across runs."""
+class DpoTrainer(HeldOut, PreparedRows, DPOTrainer):
+    """DPOTrainer for `prompt_ids`, `chosen_ids`, `rejected_ids` that caches reference log-probabilities across runs.
+
+    Its held-out figures are TRL's, computed over all pairs at once.
+    """
 
     def __init__(self, *args: Any, reference_key: str = "", reference_cache: Path | None = None, **kwargs: Any):
         self.reference_key, self.reference_cache = reference_key, reference_cache
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             super().__init__(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """TRL's loss and figures over all held-out pairs."""
+        pairs = self.measured(self.eval_dataset if eval_dataset is None else eval_dataset, self._pairs)
+        device, training = self.accelerator.device, self.model.training
+        outputs = Outputs([pair[side] for side in (0, 1) for pair in pairs], device)
+        reference = torch.tensor([pair[2] for pair in pairs], device=device)
+        inputs = outputs.inputs() | {"ref_chosen_logps": reference[:, 0], "ref_rejected_logps": reference[:, 1]}
+        given, self.precompute_ref_logps = self.precompute_ref_logps, True
+        self.model.eval()
+        loss = self.whole_loss(Replay(outputs), inputs)
+        self.model.train(training)
+        self.precompute_ref_logps = given
+        self.drop_eval_figure("aux_loss")
+        return self.report({"loss": loss}, metric_key_prefix)
+
+    def _pairs(self, model: Module, batch: dict[str, Tensor]) -> list[tuple[dict, dict, tuple[float, float]]]:
+        """For every pair what the policy gives for the tokens of both responses, and the reference's sums."""
+        inputs = {key: value for key, value in batch.items() if key not in ("completion_mask", *COLUMNS)}
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        outputs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+        sequences = of_tokens(outputs, batch["completion_mask"][:, 1:].bool())
+        if self.precompute_ref_logps:
+            reference = [batch[column] for column in COLUMNS]
+        else:
+            reference = self.compute_ref_log_probs(self.ref_model or model, batch)
+        sums = zip(*(side.tolist() for side in reference), strict=True)
+        half = len(sequences) // 2
+        return list(zip(sequences[:half], sequences[half:], sums, strict=True))
 
     def with_reference(self, dataset: Dataset | IterableDataset, name: str, batch_size: int) -> Dataset:
         """The rows with the reference's log-probabilities, read from the cache or computed and cached."""

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback
 from trl import KTOTrainer
 
 from align_cli.compat.trl_private import OwnOrder, PreparedRows
 from align_cli.model import log_probs
+from align_cli.training.held_out import HeldOut, Outputs, Replay, of_tokens
 
 Item = TypeVar("Item")
 
@@ -64,7 +66,7 @@ class CountEpochs(TrainerCallback):
         self.order.epoch = int(state.epoch or 0)
 
 
-class KtoTrainer(OwnOrder, PreparedRows, KTOTrainer):
+class KtoTrainer(HeldOut, OwnOrder, PreparedRows, KTOTrainer):
     """TRL's KTOTrainer for `prompt_ids`, `completion_ids`, `label`. `block` is the rows per step over all ranks."""
 
     def __init__(self, *args: Any, block: int, **kwargs: Any):
@@ -73,7 +75,8 @@ class KtoTrainer(OwnOrder, PreparedRows, KTOTrainer):
         self.add_callback(CountEpochs(self.order))
         self.train_dataset = Mismatched(self.train_dataset)
         if self.calculate_KL and self.eval_dataset is not None:
-            responses = rotated(self.eval_dataset["completion_ids"], block)
+            # mismatches of held-out rows depend on no batch
+            responses = rotated(self.eval_dataset["completion_ids"], len(self.eval_dataset))
             self.eval_dataset = self.eval_dataset.add_column("KL_completion_ids", responses)
 
     def row_order(self) -> EpochOrder:
@@ -83,36 +86,57 @@ class KtoTrainer(OwnOrder, PreparedRows, KTOTrainer):
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """TRL's metrics, and how often a good response has a higher implied reward than a bad one."""
-        rewards, labels = self._rewards(eval_dataset)
-        if labels.any() and not labels.all():
-            self.eval_figures["rewards/accuracies"].append(ranked(rewards[labels], rewards[~labels]))
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    @torch.no_grad()
-    def _rewards(self, dataset: Dataset | None) -> tuple[Tensor, Tensor]:
-        """(rows,) β·log π/π_ref of the held-out responses, and (rows,) whether each is good."""
-        rewards, labels, training = [], [], self.model.training
+        """TRL's loss and figures over all held-out responses, with one estimate of the KL from all mismatches; and how
+        often a good response has a higher implied reward than a bad one."""
+        rows = self.measured(self.eval_dataset if eval_dataset is None else eval_dataset, self._responses)
+        device, training = self.accelerator.device, self.model.training
+        outputs = Outputs([row["policy"] for row in rows], device)
+        inputs = outputs.inputs()
+        for name in ("label", "ref_logps", "ref_KL_logps"):
+            inputs[name] = torch.tensor([row[name] for row in rows], device=device)
+        mismatched = Outputs([{"log_probs": row["kl"]} for row in rows], device)
+        inputs |= {f"KL_{key}": value for key, value in mismatched.inputs().items()}
+        given, self.precompute_ref_logps = self.precompute_ref_logps, True
         self.model.eval()
-        engine = (
-            self.model_wrapped if self.is_deepspeed_enabled and self.model_wrapped is not self.model else self.model
-        )
-        for batch in self.get_eval_dataloader(dataset):
-            batch = self.on_device(batch)
-            with self.compute_loss_context_manager():
-                policy = self._log_probs(engine, batch)
-                reference = self._reference(batch)
-            each = self.accelerator.gather_for_metrics((self.beta * (policy - reference), batch["label"]))
-            rewards.append(each[0].float().cpu())
-            labels.append(each[1].bool().cpu())
+        loss = self.whole_loss(Replay(*([mismatched] if self.calculate_KL else []), outputs), inputs)
         self.model.train(training)
-        return torch.cat(rewards), torch.cat(labels)
+        self.precompute_ref_logps = given
+        self.drop_eval_figure("aux_loss")
+        figures = {"loss": loss}
+        rewards, labels = self.beta * (outputs.log_probs.sum(1) - inputs["ref_logps"]), inputs["label"].bool()
+        if labels.any() and not labels.all():
+            figures["rewards/accuracies"] = ranked(rewards[labels], rewards[~labels])
+        return self.report(figures, metric_key_prefix)
 
-    def _reference(self, batch: dict[str, Tensor]) -> Tensor:
+    def _responses(self, model: Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """For every row what the policy gives for the tokens of its response, the reference's sum, both sums of the
+        mismatched response, and whether the response is good."""
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        outputs = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        sequences = of_tokens(outputs, batch["completion_mask"][:, 1:].bool())
+        other = {key.removeprefix("KL_"): value for key, value in batch.items() if key.startswith("KL_")}
+        none = torch.zeros(len(labels))
+        kl = self._log_probs(model, other).cpu() if self.calculate_KL else none
+        reference = self._reference(model, batch).tolist()
+        of_other = self._reference(model, other).tolist() if self.calculate_KL else none.tolist()
+        return [
+            {"policy": sequence, "label": bool(label), "ref_logps": sum_, "ref_KL_logps": other_sum, "kl": one.view(1)}
+            for sequence, label, sum_, other_sum, one in zip(
+                sequences, batch["label"], reference, of_other, kl, strict=True
+            )
+        ]
+
+    def _reference(self, model: Module, batch: dict[str, Tensor]) -> Tensor:
         if self.ref_model is not None:
             return self._log_probs(self.ref_model, batch)
         with self.accelerator.unwrap_model(self.model).disable_adapter():
-            return self._log_probs(self.model, batch)
+            return self._log_probs(model, batch)
 
     @staticmethod
     def _log_probs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
             lines.append(f"{file}: {path}: {_unresolved(error)}; define it or write the value out")
             return None
 
-    tree = resolve(config, "")
+    tree = _at_home(resolve(config, ""), lines, file)
     for path in _code_keys(tree):
         lines.append(f"{file}: {path}: recipes are data, never code; remove it")
     if lines:
@@ -199,6 +200,40 @@ def _resolved(stage: str, file: Path, config: Any) -> dict[str, Any]:
     if tree.get("run_dir") is None:
         tree["run_dir"] = default_run_dir(str(name), stage)
     return tree
+
+
+PATHS = frozenset(
+    (
+        "path",
+        "train",
+        "eval",
+        "run_dir",
+        "hostfile",
+        "prompts",
+        "center_on",
+        "ptx",
+        "harmless",
+        "helpful",
+        "chat_template",
+    )
+)
+"""Names of keys whose text may be a path."""
+
+
+def _at_home(node: Any, lines: list[str], file: Path, key: str = "", path: str = "") -> Any:
+    """The tree with `~` in its paths replaced by the home directory; adds a line for a user who does not exist."""
+    if isinstance(node, dict):
+        return {name: _at_home(value, lines, file, name, f"{path}.{name}".lstrip(".")) for name, value in node.items()}
+    if isinstance(node, list) and key != "prompts":
+        return [_at_home(value, lines, file, key, f"{path}[{at}]") for at, value in enumerate(node)]
+    if not isinstance(node, str) or key not in PATHS or not re.match(r"~[\w.-]*(/|$)", node):
+        return node
+    expanded = os.path.expanduser(node)
+    if expanded.startswith("~"):
+        lines.append(
+            f"{file}: {path}: {node}: the user {node.partition('/')[0][1:]!r} does not exist; write the path out"
+        )
+    return expanded
 
 
 def _code_keys(node: Any, path: str = "") -> list[str]:

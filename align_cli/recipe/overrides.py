@@ -9,7 +9,7 @@ from align_cli.errors import RecipeError, did_you_mean
 from align_cli.recipe import places
 from align_cli.recipe.places import GROUPS
 
-OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[\w./@\-]+)(=(?P<value>.*))?$", re.DOTALL)
+OVERRIDE = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[\w./@\-]+(\[\d+\][\w./@\-]*)*)(=(?P<value>.*))?$", re.DOTALL)
 
 
 def split(arguments: list[str], lines: list[str]) -> tuple[str, list[str]]:
@@ -75,16 +75,31 @@ def apply(config: Any, text: str) -> None:
             del (OmegaConf.select(config, parent) if parent else config)[last]
             return
         try:
-            parsed = OverridesParser.create().parse_override(f"++{key}={raw}")
+            parsed = OverridesParser.create().parse_override(f"++value={raw}" if "[" in key else f"++{key}={raw}")
             value = parsed.value()
             if parsed.is_sweep_override():
                 raise RecipeError(f"command line: {text}: {_no_sweep(key, raw, value)}")
         except HydraException:
             value = raw  # `runs/lr=5e-7` is not valid in Hydra's grammar; take it as plain text
+        _open_lists(config, key)
         merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, key))
         OmegaConf.update(config, key, value, merge=merge, force_add=True)
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"command line: {text}: cannot be set here ({' '.join(str(error).split())})") from None
+
+
+def _open_lists(config: Any, key: str) -> None:
+    """Turn the short forms on the way to a key such as `data.train[0].split` into lists and mappings: a single source
+    is a list of one, and a path is the source's `path`."""
+    from omegaconf import OmegaConf
+
+    for match in re.finditer(r"\[\d+\]", key):
+        whole, entry = key[: match.start()], key[: match.end()]
+        node = OmegaConf.select(config, whole)
+        if isinstance(node, str) or OmegaConf.is_dict(node):
+            OmegaConf.update(config, whole, [node], merge=False)
+        if key[match.end() :].startswith(".") and isinstance(one := OmegaConf.select(config, entry), str):
+            OmegaConf.update(config, entry, {"path": one}, merge=False)
 
 
 def _no_sweep(key: str, raw: str, sweep: Any) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli.errors import did_you_mean
+from align_cli.recipe import trainer_rules
 from align_cli.recipe.stages import OWNED, STAGES
 
 
@@ -127,7 +128,7 @@ def problems(stage: str, block: dict[str, Any]) -> list[tuple[str, str]]:
             }
             near = moved.get(key) or did_you_mean(key, [name for name in known if not owner(stage, name)[0]])
             lines.append((place, f"unknown key{near or f'; {STAGES[stage].config.name} has no such field'}"))
-        elif wrong := _wrong_type(key, value, known[key].annotation):
+        elif wrong := _wrong_type(key, value, known[key].annotation) or trainer_rules.problem(key, value):
             lines.append((place, wrong))
     return lines
 

@@ -41,7 +41,7 @@ def build_all(job: Job, place: Place, backbone: Scorer | None = None) -> list[Re
 
 def build(job: Job, source: RewardSource, key: str, place: Place, backbone: Scorer | None = None) -> Reward:
     """The reward of one source; `key` is its recipe key. Raises AlignError if it cannot be used."""
-    settings = {"weight": source.weight, "aggregate": source.aggregate, "k": source.k, "clip": source.clip}
+    settings = {"weight": source.weight, "aggregate": source.aggregate, "k": source.k, "clip": source.clip, "name": key}
     if source.verify:
         return Reward(_checked(source), cell=cell(source.verify.column), **settings)
     if source.judge:
@@ -72,8 +72,8 @@ def function_scorer(entry: str) -> Scorer:
 
     def score(prompts: list[Messages], texts: list[str]) -> Tensor:
         try:
-            given = torch.as_tensor(call(prompts, texts), dtype=torch.float32).cpu()
-        except Exception as error:  # a user's function may raise anything
+            given = torch.as_tensor(call(prompts, texts), dtype=torch.float32).detach().cpu()
+        except (Exception, SystemExit) as error:  # a user's function may raise anything, or exit
             raise UpstreamError(f"{entry}: raised {type(error).__name__}: {error}") from error
         if given.shape != (len(texts),) or not given.isfinite().all():
             finding = f"shape {tuple(given.shape)}" if given.shape != (len(texts),) else "numbers that are not finite"

@@ -41,7 +41,8 @@ class Judge:
 
         recipe = job.recipe
         with loading_whole():
-            self.generator = from_source(judge, f"{key}.judge", recipe.generation, spend, dtype=job.precision.generator)
+            dtype = job.precision.generator
+            self.generator = from_source(judge, f"{key}.judge", recipe.generation, spend, dtype=dtype, say=job.say)
 
     def __call__(self, prompts: list[Messages], texts: list[str]) -> torch.Tensor:
         questions, places = [], []

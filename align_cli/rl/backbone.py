@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align_cli.errors import UpstreamError
+from align_cli.model import kind
 from align_cli.model.lora import adapted, trained_dtype
 from align_cli.model.reward_head import HEAD, Head
 
@@ -148,3 +149,4 @@ class SharedBackbone:
             config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD], "inference_mode": True}
         config["base_model_name_or_path"] = base
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        kind.name_base(folder, base, kind.fingerprint(base))

@@ -165,10 +165,9 @@ class Rollouts(OnlineHooks):
         total = torch.zeros(len(texts), device=self.accelerator.device)
         spread = torch.zeros_like(total)
         for reward in self.rewards:
-            score, std = reward(prompts, texts, inputs)
+            # also waits for a judge or a function that takes much longer on one rank; the gathers below would time out
+            score, std = distributed.together(lambda reward=reward: reward(prompts, texts, inputs))
             total, spread = total + score.to(total), spread + std.to(total)
-        # a judge or a function may take much longer on one rank; the gathers below time out
-        distributed.barrier()
         lengths = torch.tensor([len(response) for response in ids], device=total.device, dtype=total.dtype)
         ended = torch.tensor([response[-1] in self.eos_token_ids for response in ids], device=total.device)
         proxy = total
@@ -193,8 +192,7 @@ class Rollouts(OnlineHooks):
             torch.tensor([distinct_2(text) for text in texts]).to(proxy),
         ]
         if self.gold is not None:
-            columns.append(self.gold(prompts, texts)[0].to(proxy))
-            distributed.barrier()
+            columns.append(distributed.together(lambda: self.gold(prompts, texts)[0]).to(proxy))
         # one transfer for all figures
         table = self.accelerator.gather(torch.stack(columns, 1)).double().cpu()
         names = ["reward", "score", "reward_spread", "response_length", "eos_rate", "distinct_2", "gold_reward"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from align_cli.errors import RecipeError
 from align_cli.recipe import trl_config
@@ -65,6 +65,38 @@ def arithmetic(recipe: Recipe, ranks: int) -> Batch:
             f"{per_device * ranks}; {_near(wanted, per_device * ranks)} would{also}"
         )
     return Batch(per_device, wanted // (per_device * ranks), wanted)
+
+
+def resumed(recipe: Recipe, ranks: int, total: int | None) -> Batch:
+    """The batch with which a run goes on that began with `total` rows a step, perhaps on another number of ranks: the
+    same rows a step, so that the epochs and the schedule stay as they were. None: the run begins here.
+
+    Raises RecipeError if these ranks cannot share them.
+    """
+    if total is None or total == (plain := _plain_total(recipe, ranks)):
+        return arithmetic(recipe, ranks)
+    given = {key: value for key, value in recipe.trainer.items() if key != "gradient_accumulation_steps"}
+    if (most := given.get("per_device_train_batch_size")) is not None:
+        # how a step is cut does not change it
+        whole = (n for n in range(most, 0, -1) if total % (n * ranks) == 0)
+        given["per_device_train_batch_size"] = next(whole, most)
+    rollout = recipe.rollout()
+    data = replace(recipe.data, batch_size=total * (rollout.minibatches if rollout else 1))
+    try:
+        return arithmetic(replace(recipe, data=data, trainer=given), ranks)
+    except RecipeError as error:
+        raise RecipeError(
+            f"launch.num_gpus: this run began with {total} {recipe.spec.unit} a step, but {ranks} ranks would have "
+            f"{plain}, and cannot share {total}: {error.lines[0]}; resume with as many ranks as it began with"
+        ) from None
+
+
+def _plain_total(recipe: Recipe, ranks: int) -> int | None:
+    """The rows a step of a recipe on `ranks` ranks, or None if it does not divide."""
+    try:
+        return arithmetic(recipe, ranks).total
+    except RecipeError:
+        return None
 
 
 def _near(wanted: int, unit: int) -> str:

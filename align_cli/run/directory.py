@@ -16,6 +16,9 @@ from align_cli.errors import LaunchError
 COMPLETE = "complete"
 """Marker file in a checkpoint, written after the files of all ranks; a checkpoint without it is incomplete."""
 
+RECORD = "ranks.json"
+"""File beside the checkpoints: who wrote them."""
+
 State = Literal["absent", "unfinished", "finished", "foreign"]
 
 
@@ -29,6 +32,8 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        """Logs of trackers such as TensorBoard."""
         self._lock: locks.Lock | None = None
 
     def state(self) -> State:
@@ -56,9 +61,16 @@ class RunDirectory:
         ]
         return max(whole)[1] if whole else None
 
+    def batch(self) -> int | None:
+        """Rows a step of the run that its checkpoints belong to; None without a complete checkpoint."""
+        try:
+            return json.loads((self.checkpoints / RECORD).read_text())["batch"] if self.latest_checkpoint() else None
+        except (OSError, ValueError, KeyError):
+            return None
+
     def drop_half_written(self) -> None:
         """Remove checkpoints that a kill left incomplete, so that they are never loaded."""
-        for folder in self.checkpoints.glob("*"):
+        for folder in self.checkpoints.glob("*checkpoint-*"):
             if folder.is_dir() and not (folder / COMPLETE).is_file():
                 shutil.rmtree(folder)
 

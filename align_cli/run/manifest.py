@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from align_cli.data.groups import Count
 from align_cli.model import kind
 from align_cli.run.directory import RunDirectory, write_atomically
 
@@ -22,6 +24,9 @@ LOOSE = ("force", "launch")
 """Recipe keys that do not affect the results."""
 INPUTS = ".inputs.json"
 """File of an unfinished run with the manifest's entries of its inputs, as they were when it started."""
+
+DATA = ".data.json"
+"""File of an unfinished run with the fingerprints of its local sources, as they were when it was prepared."""
 
 
 def now() -> str:
@@ -68,6 +73,34 @@ def keep_inputs(run: RunDirectory, entries: dict[str, Any]) -> dict[str, Any]:
         return kept
     write_atomically(run.path / INPUTS, json.dumps(entries, indent=2) + "\n")
     return entries
+
+
+def keep_data(run: RunDirectory, counts: list[Count]) -> None:
+    """Record which data an unfinished run is made from; a run that has begun keeps its first record."""
+    file = run.path / DATA
+    if not (file.is_file() and run.begun()):
+        write_atomically(file, json.dumps([[count.source, count.fingerprint] for count in counts]) + "\n")
+
+
+def changed_data(run: RunDirectory, counts: list[Count]) -> list[str]:
+    """A line for every source of an unfinished run that has changed since it began."""
+    try:
+        kept = json.loads((run.path / DATA).read_text(encoding="utf-8")) if run.begun() else []
+    except (OSError, ValueError):
+        return []
+    return differing_data([(source, fingerprint) for source, fingerprint in kept], counts)
+
+
+def differing_data(made: list[tuple[str, str]], counts: list[Count]) -> list[str]:
+    """A line for every source of which no part has its old fingerprint; several parts of a directory may be sources."""
+    today: dict[str, set[str]] = {}
+    for count in counts:
+        today.setdefault(count.source, set()).add(count.fingerprint)
+    return [
+        f"data {source} has changed since"
+        for source, fingerprint in made
+        if source in today and fingerprint not in today[source]
+    ]
 
 
 def run_of(file: str) -> str | None:
@@ -137,10 +170,7 @@ def write(
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the manifest atomically, as the last file: a run with a manifest is finished. Returns it."""
-    files = {
-        file.relative_to(run.path).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
-        for file in sorted(_results(run))
-    }
+    files = _hashed(run)
     manifest = {
         "stage": stage,
         "name": name,
@@ -159,20 +189,41 @@ def write(
         **(extra or {}),
     }
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    (run.path / INPUTS).unlink(missing_ok=True)
+    for file in (INPUTS, DATA):
+        (run.path / file).unlink(missing_ok=True)
     return manifest
 
 
+def merged(run: str, destination: Path) -> None:
+    """Write the manifest of a model that an adapter's run was merged into: that of the run, with the run as parent and
+    its own files. A reward model keeps its scale by it. Nothing is written for an adapter that is not of a run."""
+    made, recipe = read(run), Path(run) / "recipe.yaml"
+    if made is None or not recipe.is_file():
+        return
+    shutil.copy2(recipe, destination / "recipe.yaml")
+    here = RunDirectory(destination)
+    entries = {"parents": [parent("adapter", run)], "files": _hashed(here), "finished": now()}
+    write_atomically(here.manifest, json.dumps(made | entries, indent=2, ensure_ascii=False) + "\n")
+
+
+def _hashed(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """The manifest's entries for a run's files."""
+    return {
+        file.relative_to(run.path).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(_results(run))
+    }
+
+
 def _results(run: RunDirectory) -> Iterator[Path]:
-    """The run's files, and those of its subdirectories: a value function, the merged base of an adapter. Checkpoints
-    and hidden files only serve to resume; a round of a loop has a manifest of its own."""
+    """The run's files, and those of its subdirectories: a value function, the merged base of an adapter. Checkpoints,
+    logs of trackers and hidden files are no results; a round of a loop has a manifest of its own."""
     for folder, folders, names in os.walk(run.path):
         here = Path(folder)
         folders[:] = [
             name
             for name in folders
             if not name.startswith(".")
-            and here / name != run.checkpoints
+            and here / name not in (run.checkpoints, run.logs)
             and not (here / name / "recipe.yaml").is_file()
         ]
         yield from (here / name for name in names if not name.startswith(".") and here / name != run.manifest)

@@ -6,6 +6,7 @@ another.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +16,9 @@ from align_cli.constitutional import plan as constitutional
 from align_cli.data.count import of_constitution
 from align_cli.data.groups import Count, check_sources
 from align_cli.data.load import is_local
-from align_cli.data.prompts import sample_problems
+from align_cli.data.prompts import as_messages, sample_problems, sample_prompts
 from align_cli.errors import AlignError, RecipeError
-from align_cli.model import kind, memory, precision, saved_tokenizer, templates
+from align_cli.model import context, kind, memory, precision, saved_tokenizer, targets, templates
 from align_cli.model.saved_tokenizer import SavedTokenizer
 from align_cli.preferences import plan as rounds
 from align_cli.recipe import check, constitution
@@ -25,7 +26,7 @@ from align_cli.recipe.compose import Composed
 from align_cli.recipe.constitutional import CaiRecipe
 from align_cli.recipe.sections import Recipe
 from align_cli.rewards import function
-from align_cli.run import batch, devices, manifest, schedule
+from align_cli.run import batch, devices, manifest, schedule, settings
 from align_cli.run.directory import RunDirectory
 from align_cli.run.footprint import Storage, footprint, storage
 from align_cli.run.upstream import (
@@ -73,25 +74,40 @@ class Plan:
         recipe, trainer = self.recipe, self.recipe.trainer
         if (limit := trainer.get("max_steps", -1)) > 0:
             return limit
-        sources = recipe.data.train
+        if isinstance(recipe, CaiRecipe) and self.batch is not None and self._known():
+            return constitutional.steps(recipe, self.counts, self.batch.total)
+        steps = self.steps_per_epoch()
+        return None if steps is None else math.ceil(steps * trainer.get("num_train_epochs", 3.0))
+
+    def _known(self) -> list[Count]:
+        """The counts of data.train, or none if some of its rows are unknown."""
+        sources = self.recipe.data.train
         # counts exist for local sources only; those of data.train come first
         known = self.counts[: len(sources)] if all(map(is_local, sources)) else []
-        if not known or any(count.partial for count in known) or self.batch is None or self.pending:
-            return None
-        if isinstance(recipe, CaiRecipe):
-            return constitutional.steps(recipe, self.counts, self.batch.total)
-        if recipe.packs() or trainer.get("dataloader_drop_last"):
+        return [] if any(count.partial for count in known) or self.pending else known
+
+    def steps_per_epoch(self) -> int | None:
+        """Number of optimizer steps in which all rows are used once, or None if it is unknown. 0 if the rows do not
+        make a rollout, or not a batch on every rank with dataloader_drop_last."""
+        recipe, trainer, known = self.recipe, self.recipe.trainer, self._known()
+        if not known or self.batch is None or recipe.packs() or isinstance(recipe, CaiRecipe):
             return None
         how = recipe.pairing()
-        rows = sum(count.elements(how) * source.weight for count, source in zip(known, sources, strict=True))
+        rows = sum(count.elements(how) * source.weight for count, source in zip(known, recipe.data.train, strict=True))
         if isinstance(recipe.data.eval, float):
             rows *= 1 - recipe.data.eval
-        steps = math.ceil(round(rows) / self.batch.total)
         if rollout := recipe.rollout():
             # incomplete rollouts are dropped; each rollout has epochs × minibatches updates
-            prompts = self.batch.total * rollout.minibatches // rollout.k
-            steps = round(rows) // prompts * rollout.epochs * rollout.minibatches
-        return math.ceil(steps * trainer.get("num_train_epochs", 3.0))
+            return round(rows) // self.prompts_per_rollout() * rollout.epochs * rollout.minibatches
+        if trainer.get("dataloader_drop_last"):
+            batches = round(rows) // (self.batch.per_device * self.ranks)
+            return math.ceil(batches / self.batch.accumulation)
+        return math.ceil(round(rows) / self.batch.total)
+
+    def prompts_per_rollout(self) -> int:
+        """Number of prompts that one rollout of an online stage takes."""
+        rollout = self.recipe.rollout()
+        return self.batch.total * rollout.minibatches // rollout.k
 
     def roughly(self) -> bool:
         """Whether `steps` depends on random choices: held-out prompts, or rows drawn for a fractional weight."""
@@ -120,6 +136,7 @@ def load(stage: str, arguments: list[str], *, starting: bool, render: bool = Tru
     plan = Plan(composed, recipe, "absent")
     look = _Look(plan, lines, starting)
     look.at_models()
+    look.at_lengths()
     tokenizer = look.at_template()
     look.at_data(tokenizer if render else None)
     look.at_method_sources(tokenizer if render else None)
@@ -129,6 +146,9 @@ def load(stage: str, arguments: list[str], *, starting: bool, render: bool = Tru
     lines += devices.problems(launch)
     if valid and not lines:
         look.at_run()
+    if valid and not lines and not starting and render:
+        # a run that starts asks once it knows that there is something to do
+        lines += settings.problems(recipe)
     if lines:
         raise AlignError(*dict.fromkeys(lines))
     return plan
@@ -146,6 +166,7 @@ class _Look:
         if recipe.model is not None:
             self.lines += policy_problems("model.path", recipe.model.path, *where)
             self.lines += templates.problems(recipe.model.path, recipe.model.chat_template)
+            self.lines += targets.problems(recipe.model.path, recipe.lora)
         for key, path in recipe.reward_models():
             self.lines += reward_problems(key, path, *where)
         for key, entry in recipe.reward_functions():
@@ -157,6 +178,42 @@ class _Look:
             self.lines += policy_problems("reference.path", reference, *where)
         for key, source in recipe.generators():
             self.lines += generator_problems(key, source, *where)
+
+    def at_lengths(self) -> None:
+        """Whether the models can take data.max_length tokens. Its default is lowered to what they can take."""
+        recipe, plan = self.recipe, self.plan
+        if recipe.model is None or recipe.data is None:
+            return
+        given = "max_length" in (plan.composed.tree.get("data") or {})
+        for key, path in self._models():
+            config = kind.config(path)
+            lengths = context.of(config) if config is not None else context.Context(None)
+            wanted, window = recipe.data.max_length, lengths.window
+            if window is not None and wanted > window:
+                plan.notes.append(f"{key}: {path} attends to the last {window} tokens in some layers (sliding window)")
+            if lengths.limit is None or wanted <= lengths.limit:
+                continue
+            what = f"{path} has {context.described(lengths)}"
+            if not lengths.hard:
+                plan.notes.append(f"data.max_length: is {wanted}, but {what}: it was not trained on longer text")
+            elif given:
+                self.lines.append(
+                    f"data.max_length: is {wanted}, but {what} and fails beyond; set data.max_length={lengths.limit} "
+                    f"or less ({key})"
+                )
+            else:
+                plan.notes.append(f"data.max_length: {lengths.limit} instead of {wanted}, since {what}")
+                recipe = replace(recipe, data=replace(recipe.data, max_length=lengths.limit))
+        self.recipe = plan.recipe = recipe
+
+    def _models(self) -> list[tuple[str, str]]:
+        """(key, path) of all models that read rows; a run that does not exist yet is its own initial model."""
+        recipe, models = self.recipe, []
+        with contextlib.suppress(AlignError):  # `at_models` reports the problems of the upstream run
+            models.append(("model.path", self.plan.tokenizer_path()))
+        if (reference := recipe.reference_path()) is not None:
+            models.append(("reference.path", reference))
+        return models + recipe.reward_models()
 
     def at_constitution(self, recipe: CaiRecipe) -> None:
         """The constitution of `align cai`, and the rows of an earlier run."""
@@ -209,7 +266,26 @@ class _Look:
         self.lines += schedule.problems(trainer, evaluated=data.eval is not None)
         if data.streaming and schedule.steps_given(trainer) <= 0:
             self.lines.append("data.streaming: the number of steps is unknown; set trainer.max_steps=…")
-        self.lines += sample_problems(recipe.samples, tokenizer)
+        problems = sample_problems(recipe.samples, tokenizer)
+        self.lines += problems
+        if recipe.samples is not None and tokenizer is not None and not problems:
+            self._sample_lengths(tokenizer)
+
+    def _sample_lengths(self, tokenizer: SavedTokenizer) -> None:
+        """Whether the answers to the sample prompts fit into a model that fails beyond its positions."""
+        samples, path = self.recipe.samples, self.plan.tokenizer_path()
+        lengths = context.of(kind.config(path) or {})
+        if not lengths.hard or lengths.limit is None:
+            return
+        prompts = [as_messages(row["prompt"]) for row in sample_prompts(samples, tokenizer)]
+        longest = max((tokenizer.length(prompt, path) for prompt in prompts), default=0)
+        if longest + samples.max_new_tokens > lengths.limit:
+            room = lengths.limit - longest
+            remedy = f"set samples.max_new_tokens={room} or less" if room > 0 else "shorten it"
+            self.lines.append(
+                f"samples: the longest prompt has {longest} tokens, and an answer {samples.max_new_tokens}, but {path} "
+                f"has {context.described(lengths)} and fails beyond; {remedy}"
+            )
 
     def at_method_sources(self, tokenizer: SavedTokenizer | None) -> None:
         """Sources of a method: method.center_on of rm, method.ptx of ppo, method.harmless and method.helpful of cai."""
@@ -232,14 +308,19 @@ class _Look:
             self.lines.append(f"run_dir: {run.path} is not empty and not a run; set run_dir= to another directory")
         plan.ranks = devices.world_size(recipe.launch)
         try:
-            plan.batch = batch.arithmetic(recipe, plan.ranks)
+            resumed = run.batch() if plan.state == "unfinished" and not recipe.force else None
+            plan.batch = batch.resumed(recipe, plan.ranks, resumed)
         except RecipeError as error:
             self.lines += error.lines
         self.lines += rounds.problems(recipe, plan.counts)
         if plan.batch is None:
             return
+        if plan.steps_per_epoch() == 0:
+            self.lines.append(self._nothing_to_train())
         per_device = plan.batch.per_device
         self.lines += [f"{key}: {problem}" for key, problem in recipe.batch_problems(per_device, plan.ranks)]
+        if recipe.trainer.get("save_only_model"):
+            plan.notes.append("trainer.save_only_model: a stopped run cannot resume from checkpoints of weights")
         machine = devices.machine(recipe.launch)
         self.lines += precision.problems(recipe, machine)
         plan.notes += precision.notes(recipe, machine)
@@ -250,6 +331,19 @@ class _Look:
             plan.other_memory = footprint(other, per_device, plan.ranks)[1]
         for count in plan.counts:
             plan.notes += count.lines()
+
+    def _nothing_to_train(self) -> str:
+        """The line for rows that do not make one step."""
+        plan, recipe = self.plan, self.recipe
+        held = ", less the held-out share," if isinstance(recipe.data.eval, float) else ""
+        if recipe.rollout():
+            what = f"a rollout takes {plan.prompts_per_rollout()} prompts"
+            remedy = "add prompts or lower data.batch_size"
+        else:
+            what = f"a batch takes {plan.batch.per_device * plan.ranks} rows, and incomplete ones are dropped"
+            remedy = "set trainer.dataloader_drop_last=false, or add rows"
+        rows = sum(count.elements(recipe.pairing()) for count in plan.counts[: len(recipe.data.train)])
+        return f"data.train: {rows} rows{held} do not make one step: {what}; {remedy}"
 
 
 def date_of(plan: Plan) -> str | None:
@@ -296,11 +390,7 @@ def unchanged(plan: Plan) -> tuple[bool, list[str]]:
     differs = manifest.differing_keys(old, tree)
     if made:
         differs += manifest.missing_files(run, made) + changed_inputs(made)
-        today: dict[str, set[str]] = {}
-        for count in plan.counts:
-            # several parts of one directory may be sources
-            today.setdefault(count.source, set()).add(count.fingerprint)
-        for entry in made.get("data", []):
-            if entry["source"] in today and entry["fingerprint"] not in today[entry["source"]]:
-                differs.append(f"data {entry['source']} has changed since")
+        differs += manifest.differing_data(
+            [(entry["source"], entry["fingerprint"]) for entry in made.get("data", [])], plan.counts
+        )
     return not differs, differs

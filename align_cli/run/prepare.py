@@ -9,7 +9,7 @@ import yaml
 
 from align_cli.errors import LaunchError, UpstreamError
 from align_cli.recipe.check import to_tree
-from align_cli.run import manifest, preflight
+from align_cli.run import manifest, preflight, settings
 from align_cli.run.directory import RunDirectory, write_atomically
 from align_cli.run.preflight import Plan
 
@@ -25,6 +25,7 @@ def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
     differs = check(plan, say)
     if differs is None:
         return None
+    settings.check(plan.recipe)
     run = RunDirectory(plan.recipe.run_dir)
     if plan.storage is not None and (problem := plan.storage.problem()):
         raise LaunchError(f"run_dir: {run.path}: {problem}")
@@ -40,6 +41,7 @@ def begin(plan: Plan, say: Callable[[str], None]) -> RunDirectory | None:
     tree["data"] |= {"date": preflight.date_of(plan)}
     head = f"# align {plan.composed.stage} recipe={run.recipe}   repeats this run\n"
     write_atomically(run.recipe, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    manifest.keep_data(run, plan.counts)
     return run
 
 
@@ -63,7 +65,10 @@ def check(plan: Plan, say: Callable[[str], None]) -> list[str] | None:
             f"`align {plan.composed.stage} recipe={run.recipe}`, or start over with force=true"
         )
     inputs = manifest.inputs(run) if plan.state == "unfinished" and not recipe.force else None
-    if inputs and (changed := preflight.changed_inputs(inputs)):
+    changed = preflight.changed_inputs(inputs) if inputs else []
+    if plan.state == "unfinished" and not recipe.force:
+        changed += manifest.changed_data(run, plan.counts)
+    if changed:
         raise UpstreamError(
             f"{run.path}: is unfinished, and its {_shortened(changed)}; restore it, or start over with force=true"
         )

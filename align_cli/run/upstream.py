@@ -8,7 +8,7 @@ from pathlib import Path
 
 from align_cli.errors import RecipeError, did_you_mean
 from align_cli.model import kind, templates
-from align_cli.recipe import check
+from align_cli.recipe import catalog, check
 from align_cli.recipe.compose import default_run_dir
 from align_cli.recipe.generation import GeneratorSource
 from align_cli.recipe.sections import Data
@@ -58,8 +58,10 @@ def reward_problems(key: str, path: str, starting: bool, todo: list[str]) -> lis
     if contents.kind == "unfinished":
         again = f"`align {stage} recipe={recipe_of(stage, path)}`" if stage else "its stage"
         return [f"{key}: {path} is not finished; run {again} first"]
-    if contents.kind in ("reward-model", "hub") or (contents.kind == "adapter" and contents.reward):
+    if contents.kind in ("reward-model", "hub"):
         return []
+    if contents.kind == "adapter" and contents.reward:
+        return _base_problems(key, path, contents.base)
     policies = {"causal-lm": "is a language model without a trained scalar head", "adapter": "is a policy's adapter"}
     finding = policies.get(contents.kind, contents.finding or "is not a model")
     return [f"{key}: {path} {finding}; name a finished `align rm` run, such as ${{stage:rm}}"]
@@ -151,15 +153,22 @@ def stage_of_run(path: str) -> str | None:
     """The stage whose default run directory this is."""
     path = os.path.relpath(path or ".")
     parts = Path(path).parts
-    if len(parts) != 3 or parts[-1] not in STAGES or path != default_run_dir(parts[1], parts[-1]):
+    if len(parts) < 3 or parts[-1] not in STAGES or path != default_run_dir(_name(path), parts[-1]):
         return None
     return parts[-1]
+
+
+def _name(path: str) -> str:
+    """The name of the run whose default directory this is; it may contain slashes."""
+    return "/".join(Path(os.path.relpath(path)).parts[1:-1])
 
 
 def recipe_of(stage: str, path: str) -> str:
     """The value of recipe= that creates a run."""
     unfinished = Path(path) / "recipe.yaml"
-    return str(unfinished) if unfinished.is_file() else f"{Path(os.path.relpath(path)).parts[1]}.yaml"
+    if unfinished.is_file():
+        return str(unfinished)
+    return catalog.maker(stage, _name(path))
 
 
 def _near(path: str) -> str:

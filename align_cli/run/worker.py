@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_cli.compat import chat_date
-from align_cli.errors import AlignError
+from align_cli.errors import AlignError, RecipeError
 from align_cli.model import kind, precision
 from align_cli.model.zero import deepspeed_config
+from align_cli.recipe import trainer_rules
 from align_cli.recipe.check import from_tree
 from align_cli.recipe.sections import Recipe
 from align_cli.rewards import function
@@ -105,7 +106,8 @@ def _stage(stage: str, path: str, text: str) -> int:
     distributed.use_local_device()
     cpu.install(ranks)
     chat_date.use(recipe.data.date)
-    started, rows = manifest.now(), batch.arithmetic(recipe, ranks)
+    started = manifest.now()
+    rows = batch.resumed(recipe, ranks, distributed.from_rank_0(run_directory.batch))
     job = Job(
         recipe=recipe,
         run=run_directory,
@@ -123,7 +125,14 @@ def _stage(stage: str, path: str, text: str) -> int:
     _merge_adapter_parents(job)
     if recipe.lora and rank == 0:
         job.base_fingerprint = kind.fingerprint(job.base)
-    outcome = importlib.import_module(f"align_cli.stages.{stage}").run(job)
+    try:
+        outcome = importlib.import_module(f"align_cli.stages.{stage}").run(job)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        # `check` asks the libraries first, but some judge a setting only beside the real model and data
+        key = trainer_rules.blamed(str(error), trainer_rules.unsure(recipe.trainer))
+        if key is None:
+            raise
+        raise RecipeError(trainer_rules.refused(key, recipe.trainer[key], error)) from error
     if outcome.stopped_by is not None:
         job.say(f"stopped; {path} resumes with the same command")
         distributed.leave()

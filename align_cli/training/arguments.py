@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,9 @@ def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
         "gradient_checkpointing": cuda,
         "logging_steps": 1 if not cuda else 10,
         "logging_first_step": True,
+        # prints a loss that is NaN as 0
+        "logging_nan_inf_filter": False,
+        "run_name": f"{recipe.name}-{job.run.path.name}",
         "report_to": "none",
         "save_strategy": "steps",
         "save_steps": 0.2,
@@ -52,9 +56,10 @@ def arguments(cls: type[Arguments], job: Job, **own: Any) -> Arguments:
         "remove_unused_columns": True,
         "disable_tqdm": True,
         "log_level": "error",
-        "run_name": f"{recipe.name}-{job.run.path.name}",
         **own,
     }
+    # by default, TensorBoard's logs would be among the checkpoints, which are deleted at the end
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.run.logs))
     given = dict(recipe.trainer)
     if given.get("save_total_limit") == 1:
         # the older checkpoint is deleted before the newer one is marked complete; a kill in between would leave none

@@ -15,13 +15,12 @@ from align_cli.data import chat
 from align_cli.errors import LaunchError
 from align_cli.model import kind
 from align_cli.model.load import set_ends
-from align_cli.run.directory import write_atomically
+from align_cli.run.directory import RECORD, write_atomically
+from align_cli.training import finite
 from align_cli.training.job import Job
 
 SAVING = {"save_steps", "save_strategy", "save_total_limit"}
 """Trainer fields with which a recipe says when to write checkpoints, and that they are kept."""
-RECORD = "ranks.json"
-"""File beside the checkpoints: who wrote them."""
 
 
 def finish(
@@ -35,19 +34,33 @@ def finish(
 
 
 def record(job: Job) -> None:
-    """Write how many ranks, in which precision, train from here on."""
+    """Write how many ranks, with how many rows a step, in which precision, train from here on."""
     made_by = {"world_size": job.ranks, "precision": job.precision.as_manifest(), "earlier": job.earlier}
+    made_by["batch"] = job.per_device * job.accumulation * job.ranks
     write_atomically(job.run.checkpoints / RECORD, json.dumps(made_by) + "\n")
 
 
 def check_resumable(checkpoint: Path, step: int, job: Job) -> None:
     """Compare the ranks and the precision with those that wrote the checkpoint of `step`, and say what differs.
 
-    Raises LaunchError if the checkpoint holds ZeRO state that a different number of ranks, or another precision, wrote.
+    Raises LaunchError if the checkpoint has no optimizer state, or was written with another number
+    of rows a step, or holds ZeRO state that a different number of ranks, or another precision, wrote.
     """
+    zero_state = any(checkpoint.glob("global_step*"))
+    if not zero_state and not (checkpoint / "optimizer.pt").is_file():
+        raise LaunchError(
+            f"{checkpoint}: holds only weights (trainer.save_only_model), so that the optimizer and the schedule would "
+            "start anew; start over with force=true, or take it as model.path of another run"
+        )
     file = checkpoint.parent / RECORD
     wrote = json.loads(file.read_text()) if file.is_file() else {}
     job.earlier += wrote.get("earlier", [])
+    rows = job.per_device * job.accumulation * job.ranks
+    if wrote.get("batch", rows) != rows:
+        raise LaunchError(
+            f"{checkpoint}: was written with {wrote['batch']} rows a step, but this run has {rows}; resume with "
+            f"{wrote['world_size']} ranks, set data.batch_size, or start anew with force=true"
+        )
     made_by, before, now = wrote.get("world_size", job.ranks), wrote.get("precision"), job.precision.as_manifest()
     if before and any(before[key] != now[key] for key in ("weights", "products")):
         types = f"{before['weights']} weights and {before['products']} products ({before['machine']})"
@@ -73,9 +86,12 @@ def save(
     `state_dict` is written in place of the trainer's weights, for trainers that hold more than the model (a value
     function). Rank 0 has it whole under any ZeRO stage.
 
-    Raises RuntimeError if a tensor is missing or empty: some sharded saves fail silently (DeepSpeed#3841, #7900).
+    Raises TrainingError if a trained weight is not finite, and RuntimeError if a tensor is missing or empty: some
+    sharded saves fail silently (DeepSpeed#3841, #7900).
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if broken := finite.broken_weight(model):
+        raise finite.error(job.run, trainer, f"{broken} is not finite")
     generates = model.can_generate()
     if generates:
         set_ends(model, chat.generation_ends(tokenizer))
@@ -102,8 +118,7 @@ def _name_base(job: Job) -> None:
     config = json.loads(file.read_text())
     config["base_model_name_or_path"] = job.base
     write_atomically(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    entry = {"path": job.base, "fingerprint": job.base_fingerprint}
-    write_atomically(job.run.path / "base.json", json.dumps(entry, indent=2) + "\n")
+    kind.name_base(job.run.path, job.base, job.base_fingerprint)
 
 
 def _look_at_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cli import distributed
-from align_cli.errors import AlignError
+from align_cli.errors import AlignError, Interrupted
 from align_cli.run.directory import write_atomically
 from align_cli.training.job import Job
 from align_cli.training.stop import Stopped, StopRequest
@@ -222,7 +222,10 @@ def _results(units: Sequence[Unit], make: Make, workers: int, stopping: Callable
         for unit in units:
             if stopping():
                 return
-            yield make(unit)
+            try:
+                yield make(unit)
+            except Interrupted:
+                return
         return
     waiting, running, failed = list(reversed(units)), set(), None
     with ThreadPoolExecutor(workers) as pool:
@@ -232,7 +235,8 @@ def _results(units: Sequence[Unit], make: Make, workers: int, stopping: Callable
             done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
                 if error := future.exception():
-                    failed = failed or error
+                    # what was asked when a signal came is asked again by the next attempt
+                    failed = failed or (None if isinstance(error, Interrupted) else error)
                 else:
                     yield future.result()
     if failed is not None:

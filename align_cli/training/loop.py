@@ -16,9 +16,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align_cli import distributed
 from align_cli.compat.trl_private import trained_tokens
 from align_cli.data.groups import Count
+from align_cli.errors import TrainingError
 from align_cli.run.directory import COMPLETE, trim_metrics
 from align_cli.training.callbacks import CheckpointMarks, DefaultSaves, Metrics, OrderlyStop, ProgressLine
 from align_cli.training.checkpoints import check_resumable, finish, record
+from align_cli.training.finite import Finite
 from align_cli.training.job import Job, Outcome
 from align_cli.training.samples import Samples
 from align_cli.training.steps import StepTrainer
@@ -49,6 +51,10 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
         trainer.remove_callback(callback)
     metrics = Metrics(job.run.metrics, lambda: trained_tokens(trainer))
     stop = OrderlyStop()
+    guarded = any(
+        guard.metric == "nan" and guard.act in ("stop", "rollback") for guard in getattr(job.recipe, "guards", ())
+    )
+    finite = Finite(trainer, job.run, guarded)
     for callback in (
         metrics,
         ProgressLine(f"{job.recipe.name}/{job.run.path.name}", metrics, job.console),
@@ -56,12 +62,16 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
         *([] if {"save_steps", "save_strategy"} & set(job.recipe.trainer) else [DefaultSaves()]),
         stop,
         *([last] if last else []),
+        finite,
     ):
         trainer.add_callback(callback)
+    _look_for_steps(trainer)
     resume = distributed.from_rank_0(lambda: _starting_point(job))
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.received is not None:
         return {}, stop.received
+    if not guarded:
+        finite.check()
     final = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "epochs": trainer.state.epoch}
     final |= {"seconds": round(result.metrics["train_runtime"], 1), "peak_memory_mib": _peak_memory()}
     final |= metrics.last
@@ -69,6 +79,19 @@ def loop(trainer: Trainer, job: Job, last: TrainerCallback | None = None) -> tup
         trainer.evaluate()
         final |= metrics.last
     return {key: value for key, value in final.items() if key not in ("step", "epoch") and _finite(value)}, None
+
+
+def _look_for_steps(trainer: Trainer) -> None:
+    """Raises TrainingError if the rows do not make one step: transformers would train nothing and call it done."""
+    batches = trainer.get_train_dataloader()
+    if isinstance(batches.dataset, torch.utils.data.IterableDataset):
+        return
+    if len(batches) == 0:
+        rows = len(trainer.train_dataset)
+        raise TrainingError(
+            f"data.train: {rows} rows do not make one step, so that nothing would be trained; give more rows, "
+            "or lower data.batch_size"
+        )
 
 
 def _starting_point(job: Job) -> Path | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 
-import torch
+import yaml
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from align_cli import distributed
 from align_cli.data import chat
 from align_cli.data.prompts import as_messages, sample_prompts
+from align_cli.generation.sampling import Sampler, respond
 from align_cli.model import zero
 from align_cli.model.load import set_ends
-from align_cli.run.directory import write_atomically
+from align_cli.run import manifest
+from align_cli.run.directory import RunDirectory, write_atomically
 from align_cli.training.job import Job
 
 BEFORE = ".samples-before.json"
@@ -40,8 +42,10 @@ class Samples:
             return
         if when == "before" and distributed.from_rank_0(self._began):
             return
-        self.job.say(f"answering {len(self.rows)} sample prompts, {when}")
-        answers = self._generate(trainer)
+        answers = distributed.from_rank_0(self._kept) if when == "before" else None
+        if answers is None:
+            self.job.say(f"answering {len(self.rows)} sample prompts, {when}")
+            answers = self._generate(trainer)
         if not self.job.main:
             return
         if when == "before":
@@ -59,35 +63,39 @@ class Samples:
         """Whether an earlier attempt has answered the prompts, or trained."""
         return self.before.is_file() or self.job.run.latest_checkpoint() is not None
 
+    def _kept(self) -> list[str] | None:
+        """The answers that the finished run whose model this one trains gave at its end: they are those that its model
+        would give now. None if it was asked otherwise, or computed in other types."""
+        recipe, run = self.job.recipe, RunDirectory(self.job.recipe.model.path)
+        made, file = manifest.read(run.path), run.samples
+        if made is None or recipe.model.chat_template or not file.is_file():
+            return None
+        precision, now = made.get("precision", {}), self.job.precision.as_manifest()
+        same = all(precision.get(key) == now[key] for key in ("weights", "products", "machine"))
+        same &= made.get("template_date") == recipe.data.date
+        same &= made["files"].get(file.name, {}).get("sha256") == manifest.sha256(file)
+        theirs = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        same &= (
+            not theirs.get("lora")
+            and (theirs.get("samples") or {}).get("max_new_tokens") == recipe.samples.max_new_tokens
+        )
+        if not same:
+            return None
+        answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        after = [answer.pop("after") for answer in answers]
+        for answer in answers:
+            del answer["before"]
+        return after if answers == self.rows else None
+
     def _generate(self, trainer: Trainer) -> list[str]:
         model = trainer.accelerator.unwrap_model(trainer.model)
         texts = [chat.render(self.tokenizer, as_messages(row["prompt"]), prompt=True) for row in self.rows]
-        ends, answers = set_ends(model, chat.generation_ends(self.tokenizer)), []
-        training = model.training
-        model.eval()
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ends = set_ends(model, chat.generation_ends(self.tokenizer))
+        sampler = Sampler(self.job.recipe.samples.max_new_tokens, batch=BATCH, greedy=True)
         # a value function in the model takes no part
         alone, device = getattr(trainer, "policy_alone", contextlib.nullcontext), trainer.accelerator.device
-        with alone(), zero.on_device(model, device), torch.no_grad(), trainer.accelerator.autocast():
-            for start in range(0, len(texts), BATCH):
-                batch = self.tokenizer(
-                    texts[start : start + BATCH],
-                    add_special_tokens=False,
-                    padding=True,
-                    padding_side="left",
-                    return_tensors="pt",
-                ).to(device)
-                made = model.generate(
-                    **batch,
-                    max_new_tokens=self.job.recipe.samples.max_new_tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    eos_token_id=ends,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    use_cache=True,
-                )
-                fresh = made[:, batch["input_ids"].shape[1] :]
-                answers += [text.strip() for text in self.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
-        model.train(training)
-        return answers
+        with alone(), zero.on_device(model, device), trainer.accelerator.autocast():
+            pad = self.tokenizer.pad_token_id
+            made = respond(model, prompts, [0] * len(prompts), sampler=sampler, ends=ends, pad=pad)
+        return [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from align_cli import distributed
-from align_cli.signals import caught_by, deliver
+from align_cli.signals import caught_by, deliver, note
 
 
 class Stopped(Exception):
@@ -30,6 +30,7 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """A context in which signals are recorded."""
+        note(None)
         with caught_by(self._note):
             yield
 
@@ -42,5 +43,6 @@ class StopRequest:
         if self.received is not None:
             deliver(number)
         self.received = number
+        note(number)
         name = signal.Signals(number).name
         sys.stderr.write(f"\n{name}: stopping after {self.after}; a second signal stops at once\n")

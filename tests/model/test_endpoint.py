@@ -1,5 +1,7 @@
 """A model behind an endpoint, against a real server that limits, fails, cuts off and refuses."""
 
+import threading
+import time
 from collections import Counter
 
 import api
@@ -99,3 +101,68 @@ def test_a_key_that_is_not_set(monkeypatch):
     # anything but a name may be the key itself
     pasted = GeneratorSource(endpoint="http://x", model="m", key_env="sk-1")
     assert pasted.environment_problems("feedback") == []
+
+
+def test_what_a_content_filter_refuses_is_an_empty_answer(server, endpoint):
+    server.trouble = ["filter"]
+    assert endpoint.complete(ASK)["message"]["content"] == ""
+    assert endpoint.spent["filtered"] == 1 and not endpoint.waited
+
+
+def test_an_answer_without_text_is_empty(server, endpoint):
+    server.trouble = ["thoughts"]
+    assert not endpoint.complete(ASK)["message"]["content"]
+    assert endpoint.spent == {"requests": 1, "prompt_tokens": 0, "completion_tokens": 0}
+
+
+def test_a_web_page_is_called_that_and_not_asked_for_again(server, endpoint):
+    server.trouble = ["html"]
+    assert "answered with a web page, not with JSON; correct feedback in the recipe" in refusal(endpoint)
+    assert not endpoint.waited
+
+
+def test_a_body_is_unpacked_even_if_the_server_does_not_say_so(server, endpoint):
+    server.trouble = ["gzip"]
+    assert endpoint.complete(ASK)["message"]["content"] == "I can help you with 5 letters."
+
+
+def test_a_proxy_is_not_asked_for_this_machines_own_server(server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    endpoint = made(server.address, monkeypatch)
+    assert endpoint.complete(ASK)["message"]["content"]
+
+
+def test_a_long_wait_is_said_and_ends_with_a_signal(server, monkeypatch):
+    from align_cli import signals
+    from align_cli.errors import Interrupted
+
+    said = []
+    endpoint = made(server.address, monkeypatch)
+    endpoint.pause, endpoint.say = signals.pause, said.append
+    server.trouble = ["wait"]
+    started = time.monotonic()
+    threading.Timer(0.5, signals.note, [15]).start()
+    try:
+        with pytest.raises(Interrupted) as caught:
+            endpoint.complete(ASK)
+    finally:
+        signals.note(None)
+    assert caught.value.exit_code == 143 and time.monotonic() - started < 30
+    assert said == [f"feedback: {server.address} answered 429 (come back in an hour); asking again in 60 seconds"]
+
+
+@pytest.mark.parametrize("code", [400, 403, 404, 422])
+def test_a_judge_whose_log_probabilities_are_refused_is_asked_without(server, monkeypatch, code):
+    from align_cli.generation.generators import EndpointGenerator
+    from align_cli.recipe.generation import Generation
+
+    monkeypatch.setenv("THE_KEY", api.KEY)
+    server.log_probabilities, server.refuses_log_probabilities = False, code
+    source = GeneratorSource(endpoint=server.address, model="m", key_env="THE_KEY", retries=1, timeout=5)
+    judge = EndpointGenerator(source, "feedback", Generation(), lambda used: None, print)
+    question = "Options:\n(A) eee\n(B) xxx"
+    assert judge.choose([question, question], [None, None]) == [(0.0, -1e4)] * 2
+    assert not judge.log_probabilities
