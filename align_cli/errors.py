@@ -18,6 +18,17 @@ class AlignError(Exception):
         self.lines = tuple(lines)
         super().__init__("\n".join(lines))
 
+    def __reduce__(self):
+        # ranks send errors to each other; an exception would be made again from its message alone
+        return _again, (type(self), self.lines, vars(self))
+
+
+def _again(kind: type[AlignError], lines: tuple[str, ...], state: dict[str, object]) -> AlignError:
+    error = kind.__new__(kind)
+    AlignError.__init__(error, *lines)
+    vars(error).update(state)
+    return error
+
 
 class RecipeError(AlignError):
     """A recipe, an override or a combination of settings that cannot run."""

@@ -89,7 +89,7 @@ class Spin(Rounds[SpinRecipe]):
         settings["max_new_tokens"] = recipe.generation.max_new_tokens
         entry = prepare(job, self.tokenizer, recipe.data, settings, self._write)
         self.train, self.eval = (Demonstrations(entry.table(name)) for name in ("train", "eval"))
-        self.counts, self.held_out = entry.report.counts, 0
+        self.counts = entry.report.counts
 
     def _write(self, writer: Writer) -> Report:
         """Prepare the demonstrations, in the order in which they are taken."""
@@ -141,9 +141,7 @@ class Spin(Rounds[SpinRecipe]):
 
     def arguments(self, part: Job[SpinRecipe]) -> DPOConfig:
         """Training arguments of an iteration."""
-        # all batches must have the same size, so that the mean of their accuracies is the overall accuracy
-        even = next(n for n in range(part.per_device, 0, -1) if self.held_out % (n * part.ranks) == 0)
-        return dpo.arguments(part, loss_type=["sigmoid"], beta=part.recipe.method.beta, per_device_eval_batch_size=even)
+        return dpo.arguments(part, loss_type=["sigmoid"], beta=part.recipe.method.beta)
 
     def sample(self, part: Job[SpinRecipe], number: int) -> Sampled | None:
         """Sample the model's reply to every prompt: pairs.jsonl and, for held-out prompts, held_out.jsonl."""
@@ -177,8 +175,6 @@ class Spin(Rounds[SpinRecipe]):
             before = distributed.broadcast(read_rows(previous) if part.main else None)
             rows += self._rows(self.train, before, Count(""))
         held_out = self._rows(self.eval, watched, Count(""))
-        held_out = held_out[: len(held_out) // part.ranks * part.ranks]
-        self.held_out = len(held_out)
         if not rows and not number:
             raise DataError(f"{file}: the model reproduces every human reply; there is nothing to learn")
         if not rows:

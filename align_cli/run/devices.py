@@ -70,7 +70,15 @@ def hosts(hostfile: str) -> dict[str, int]:
     file, slots, lines = Path(hostfile), {}, []
     if not file.is_file():
         raise LaunchError(f"launch.hostfile: {hostfile}: no such file; its lines read `host slots=8`")
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise LaunchError(f"launch.hostfile: {hostfile}: is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise LaunchError(
+            f"launch.hostfile: {hostfile}: cannot be read ({error.strerror}); correct its permissions"
+        ) from None
+    for number, text in enumerate(content.splitlines(), 1):
         text = text.split("#")[0].strip()
         if not text:
             continue

@@ -51,8 +51,9 @@ def quiet() -> None:
         "PYTHONWARNINGS": "ignore",
     }.items():
         os.environ.setdefault(key, value)
-    if devices.outer_ranks() is None:
-        # somebody exported them, or they are empty
+    ranks = devices.outer_ranks()
+    if ranks is None or (ranks == 1 and not os.environ.get("MASTER_ADDR")):
+        # somebody exported them, or they are empty, or name no place where the only rank could meet itself
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
             os.environ.pop(name, None)
     if not devices.gpus():

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from align_cli.errors import LaunchError
 from align_cli.recipe.sections import Launch
 from align_cli.rewards import function
 from align_cli.run import devices, environment, hosts, preflight
@@ -52,8 +53,14 @@ def _first_node(nodes: str) -> str:
 def called_by_launcher() -> bool:
     """Whether DeepSpeed's launcher, torchrun or Slurm started this process as one of several ranks."""
     adopt_slurm()
-    if (devices.outer_ranks() or 1) < 2:
+    if (ranks := devices.outer_ranks() or 1) < 2:
         return False
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise LaunchError(
+                f"{name}: is not set, but WORLD_SIZE is {ranks}; start all ranks by one launcher, which sets it, or "
+                "unset WORLD_SIZE and RANK"
+            )
     if devices.number("LOCAL_RANK") is None:
         # libraries take a process without it for the only one; launchers that leave it out start one rank per host
         os.environ["LOCAL_RANK"] = "0"

@@ -30,7 +30,10 @@ class HeldOut:
     def measured(
         self, dataset: Dataset | IterableDataset, measure: Callable[[Module, dict[str, Any]], list[Value]]
     ) -> list[Value]:
-        """The values of `measure(model, batch)`, one per row, for all rows in their order; the same on every rank."""
+        """The values of `measure(model, batch)`, one per row, for all rows in their order; the same on every rank.
+
+        A collator that makes one sequence of a batch (padding-free) leaves one value for all its rows.
+        """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = list(dataset) if isinstance(dataset, IterableDataset) else dataset
         mine, size = list(range(rank, len(rows), ranks)), self.args.per_device_eval_batch_size
@@ -43,10 +46,12 @@ class HeldOut:
         for part in [*parts, *[(parts or [[0]])[-1]] * repeated]:
             batch = self.on_device(self.data_collator([rows[at] for at in part]))
             with self.compute_loss_context_manager():
-                own |= dict(zip(part, measure(model, batch), strict=True))
+                values = measure(model, batch)
+            assert len(values) in (1, len(part))
+            own |= dict(zip(part, values, strict=False))
         self.model.train(training)
         every = {at: value for theirs in distributed.gather(own) for at, value in theirs.items()}
-        return [every[at] for at in range(len(rows))]
+        return [every[at] for at in range(len(rows)) if at in every]
 
     def report(self, figures: dict[str, float], prefix: str) -> dict[str, float]:
         """Log held-out figures under a prefix. Returns them with the prefix."""

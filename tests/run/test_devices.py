@@ -1,5 +1,7 @@
 """Hosts, ranks and GPUs."""
 
+from pathlib import Path
+
 import pytest
 
 from align_cli import driver
@@ -38,6 +40,13 @@ def test_a_hostfile_without_hosts_or_that_is_not_there(here):
     assert "names no host" in refused(hostfile(here, "# none\n"))[0]
     assert refused("nope") == ["launch.hostfile: nope: no such file; its lines read `host slots=8`"]
     assert devices.problems(Launch(hostfile="nope")) == refused("nope")
+
+
+def test_a_hostfile_that_is_no_text_or_cannot_be_read(here):
+    (here / "latin").write_bytes("höst slots=1\n".encode("latin-1"))
+    assert refused("latin") == ["launch.hostfile: latin: is not UTF-8 text; save it as UTF-8"]
+    if Path("/proc/1/mem").exists():
+        assert "/proc/1/mem: cannot be read (" in refused("/proc/1/mem")[0]
 
 
 def test_a_host_without_slots(here):

@@ -70,7 +70,7 @@ def test_alone_unless_told(environment):
     assert not launch.called_by_launcher()
     environment["WORLD_SIZE"] = "4"
     assert not launch.called_by_launcher(), "a world size that somebody exported makes no rank"
-    environment["RANK"] = "3"
+    environment |= {"RANK": "3", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
     assert launch.called_by_launcher()
     assert environment["LOCAL_RANK"] == "0", "libraries take a process without LOCAL_RANK for the only one"
     environment |= {"WORLD_SIZE": "1", "RANK": "0"}
@@ -109,7 +109,7 @@ def test_a_batch_script_is_no_rank(environment):
 
 
 def test_ranks_that_torchrun_made_under_slurm_are_torchruns(environment):
-    environment.update(SLURM | {"RANK": "0", "WORLD_SIZE": "8"})
+    environment.update(SLURM | {"RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1", "WORLD_SIZE": "8"})
     assert launch.called_by_launcher()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "8")
 
@@ -156,6 +156,22 @@ def test_what_does_not_make_a_rank_is_not_left_for_libraries(environment, export
     environment.update({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"})
     quiet()
     assert (os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("4", "3", "3")
+
+
+def test_a_single_rank_that_nobody_launched_is_a_process_like_any_other(environment):
+    environment.update({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"})
+    environment.pop("MASTER_ADDR", None)
+    quiet()
+    assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(os.environ)
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
+def test_ranks_without_a_place_to_meet_are_one_line(environment, name):
+    environment.update({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"})
+    assert launch.called_by_launcher()
+    environment[name] = ""
+    with pytest.raises(LaunchError, match=f"^{name}: is not set, but WORLD_SIZE is 2; start all ranks by one launcher"):
+        launch.called_by_launcher()
 
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------

@@ -240,6 +240,36 @@ def test_samples_are_answered_before_and_after(home):
     assert all(isinstance(row["before"], str) and isinstance(row["after"], str) for row in rows)
 
 
+def greedy(run, prompt, tokens):
+    """The oracle: what transformers answers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tok, model = AutoTokenizer.from_pretrained(run), AutoModelForCausalLM.from_pretrained(run)
+    ids = tok.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    return tok.decode(made, skip_special_tokens=True).strip()
+
+
+def test_answers_before_training_are_those_of_the_parent_where_it_was_asked_the_same(home):
+    prompts = ["name colours 1", "colours?", "name colours number 3"]
+    asked = f"samples={{prompts: {json.dumps(prompts)}, max_new_tokens: 12}}"
+    assert "answering 3 sample prompts, before" in ok("sft", "recipe=t", "run_dir=runs/asked/sft", asked, cwd=home)
+    answers = [json.loads(line) for line in (home / "runs/asked/sft/samples.jsonl").read_text().splitlines()]
+    words = ("dpo", "recipe=t", "model.path=runs/asked/sft", "trainer.max_steps=1")
+    said = ok(*words, "run_dir=runs/asked/dpo", asked, cwd=home)
+    assert "prompts, before" not in said and "answering 3 sample prompts, after" in said
+    rows = [json.loads(line) for line in (home / "runs/asked/dpo/samples.jsonl").read_text().splitlines()]
+    assert [row["before"] for row in rows] == [answer["after"] for answer in answers]
+    for row in rows:
+        assert row["before"] == greedy(home / "runs/asked/sft", row["prompt"], 12)
+        assert row["after"] == greedy(home / "runs/asked/dpo", row["prompt"], 12)
+    # other prompts, or as many tokens as the parent was not asked for, are answered anew
+    for number, other in enumerate((asked.replace("12", "9"), asked.replace("colours?", "colors?"))):
+        assert "prompts, before" in ok(*words, f"run_dir=runs/asked/other{number}", other, cwd=home)
+
+
 @pytest.mark.slow
 def test_a_lock_that_a_killed_build_left_holds_nobody_up(home, tmp_path):
     """torch waits for its lock file for ever; DeepSpeed's operator for CPU ranks is built under it."""

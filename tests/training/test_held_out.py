@@ -129,3 +129,13 @@ def test_one_value_for_every_batch_and_any_number_of_ranks(home, stage):
     oracle = {"sft": sft, "dpo": dpo, "kto": kto}.get(stage)
     for key, value in oracle(folder, *rows).items() if oracle else ():
         assert math.isclose(first[key], value, rel_tol=1e-5, abs_tol=1e-5), (key, first[key], value)
+
+
+def test_packed_rows_have_the_loss_of_rows(home):
+    folder, *rows = home
+    wanted = sft(folder, *rows)["eval_loss"]
+    for size in (1, 3):
+        words = (BATCH["sft"].format(size), f"run_dir=runs/packed-{size}", "method.packing=true")
+        ok("sft", "recipe=t", *words, cwd=folder)
+        made = manifest(folder / f"runs/packed-{size}")["metrics"]["eval_loss"]
+        assert made == pytest.approx(wanted, abs=1e-5)
