@@ -62,7 +62,7 @@ def refused(*words, **kwargs):
         (["data.batch_size=7", "trainer.num_train_epochs=1", "data.train=[dpo.jsonl,dpo.jsonl]"], 6),
         # 21 - 21 · 0.2 = 16.8 rows: 17, of which 4 steps would leave one over
         (["data.batch_size=4", "trainer.num_train_epochs=1", "data.eval=0.2"], 5),
-        (["data.batch_size=4", "trainer.dataloader_drop_last=true"], None),
+        (["data.batch_size=4", "trainer.dataloader_drop_last=true"], 15),
     ],
 )
 def test_steps(project, words, steps):

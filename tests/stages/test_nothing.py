@@ -59,6 +59,15 @@ def test_a_dropped_last_batch_that_is_the_only_one_is_refused(home):
     assert manifest(home / "runs/few")["metrics"]["steps"] >= 1
 
 
+def test_the_plan_counts_steps_without_the_last_batch_as_the_run_does(home):
+    words = ("data.batch_size=6", "trainer.per_device_train_batch_size=3", "trainer.max_steps=-1")
+    words += ("trainer.num_train_epochs=1", "trainer.dataloader_drop_last=true", "run_dir=runs/dropped")
+    # of 32 rows, 10 batches of 3 are whole
+    assert "steps     5" in ok("check", "sft", "recipe=t", *words, cwd=home)
+    ok("sft", "recipe=t", *words, cwd=home)
+    assert manifest(home / "runs/dropped")["metrics"]["steps"] == 5
+
+
 def test_rows_that_are_too_long_for_a_rollout_end_the_run(home):
     """`check` cannot know it: whether prompts leave room for a response is seen when they are tokenized."""
     long = [{"prompt": f"name colours {n}" + " and more" * 20 * (n > 2)} for n in range(16)]
