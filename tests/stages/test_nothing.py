@@ -1,5 +1,7 @@
 """A run that trains nothing, or nothing but NaN, is no success."""
 
+import re
+
 import project
 import pytest
 import tiny
@@ -63,7 +65,7 @@ def test_the_plan_counts_steps_without_the_last_batch_as_the_run_does(home):
     words = ("data.batch_size=6", "trainer.per_device_train_batch_size=3", "trainer.max_steps=-1")
     words += ("trainer.num_train_epochs=1", "trainer.dataloader_drop_last=true", "run_dir=runs/dropped")
     # of 32 rows, 10 batches of 3 are whole
-    assert "steps     5" in ok("check", "sft", "recipe=t", *words, cwd=home)
+    assert re.search(r"steps\s+5\b", ok("check", "sft", "recipe=t", *words, cwd=home))
     ok("sft", "recipe=t", *words, cwd=home)
     assert manifest(home / "runs/dropped")["metrics"]["steps"] == 5
 
