@@ -128,12 +128,16 @@ class PreparedRows:
         return self._metrics["eval"]
 
     def whole_loss(self, model: Callable[..., Any], inputs: dict[str, Tensor]) -> float:
-        """TRL's loss of a batch; its figures are added to those of the model's mode."""
-        return float(self._compute_loss(model, inputs, False))
-
-    def drop_eval_figure(self, name: str) -> None:
-        """Leave out a held-out metric."""
-        self._metrics["eval"].pop(name, None)
+        """TRL's held-out loss of inputs that hold the reference's log-probabilities. Adds its metrics to the held-out
+        ones, without a mixture of experts' balance, which is a figure of batches."""
+        precomputed, training = self.precompute_ref_logps, self.model.training
+        self.precompute_ref_logps = True
+        self.model.eval()
+        loss = float(self._compute_loss(model, inputs, False))
+        self.model.train(training)
+        self.precompute_ref_logps = precomputed
+        self._metrics["eval"].pop("aux_loss", None)
+        return loss
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return self.prepared(dataset)

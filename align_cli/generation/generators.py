@@ -167,16 +167,14 @@ class EndpointGenerator:
         settings: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
         if self.log_probabilities:
             try:
-                reply = self.endpoint.complete(turns, logprobs=True, top_logprobs=20, **settings)
+                return self._read(self.endpoint.complete(turns, logprobs=True, top_logprobs=20, **settings))
             except EndpointError as error:
                 # some servers or keys are not allowed to give log-probabilities, each refuses in its own way
                 if error.code not in REFUSALS:
                     raise
-                reply = self.endpoint.complete(turns, **settings)
-                self.log_probabilities = False
-                return self._read(reply)
-        if not self.log_probabilities:
-            reply = self.endpoint.complete(turns, **settings)
+        reply = self.endpoint.complete(turns, **settings)
+        # that it answers without them shows that they were what it refused
+        self.log_probabilities = False
         return self._read(reply)
 
     @staticmethod
@@ -221,6 +219,6 @@ def _loaded(model: Model, tokenizer: PreTrainedTokenizerBase, dtype: str, path: 
         return load.policy(model, tokenizer, dtype=dtype, path=path)
     contents = kind.look(path)
     if contents.kind != "adapter":
-        raise AlignError(f"{path}: {contents.finding}; {contents.remedy}")
+        raise AlignError(f"{path}: {contents.problem}")
     base = contents.base
     return PeftModel.from_pretrained(load.policy(model, tokenizer, dtype=dtype, path=base, adapter=True), path)

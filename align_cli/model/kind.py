@@ -35,6 +35,11 @@ class Contents:
     config: dict | None = None
     """Contents of config.json, if it exists."""
 
+    @property
+    def problem(self) -> str:
+        """Finding and remedy, for a message."""
+        return "; ".join(part for part in (self.finding, self.remedy) if part)
+
 
 def look(path: str) -> Contents:
     """What a path contains: a model, an adapter, an unfinished run, a hub id (not checked for existence) or nothing."""

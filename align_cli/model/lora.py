@@ -67,7 +67,7 @@ def merge(adapter: str, destination: Path, *, trust_remote_code: bool = False) -
     """
     contents = kind.look(adapter)
     if contents.kind == "other" and contents.base:
-        raise UpstreamError(f"{adapter}: {contents.finding}; {contents.remedy}")
+        raise UpstreamError(f"{adapter}: {contents.problem}")
     if contents.kind != "adapter" or contents.base is None:
         raise UpstreamError(f"{adapter}: is not an adapter; a full model needs no merging")
     if kind.look(contents.base).kind not in ("causal-lm", "reward-model", "hub"):

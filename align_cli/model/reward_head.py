@@ -97,7 +97,7 @@ def load_run(path: str, tok: PreTrainedTokenizerBase, dtype: str = "float32", *,
     """
     contents = kind.look(path)
     if contents.kind == "other":
-        raise UpstreamError(f"{path}: {contents.finding}" + (f"; {contents.remedy}" if contents.remedy else ""))
+        raise UpstreamError(f"{path}: {contents.problem}")
     if contents.kind != "adapter":
         model = load(Model(path=path), tok, dtype=dtype, path=path)
     else:

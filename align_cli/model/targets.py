@@ -29,8 +29,8 @@ def problems(path: str, lora: Lora | None) -> list[str]:
     else:
         missing = [one for one in lora.targets if not any(name == one or name.endswith(f".{one}") for name in names)]
     last = sorted({name.rpartition(".")[2] for name in names})
+    known = ", ".join(last)
     return [
-        f"lora.targets: '{one}' is the name of no module of {path}{did_you_mean(one, last)}; it has {', '.join(last)}, "
-        f"or write {ALL}"
+        f"lora.targets: {path} has no module '{one}'{did_you_mean(one, last) or f'; it has {known}, or write {ALL}'}"
         for one in missing
     ]

@@ -106,17 +106,11 @@ class DpoTrainer(HeldOut, PreparedRows, DPOTrainer):
     ) -> dict[str, float]:
         """TRL's loss and figures over all held-out pairs."""
         pairs = self.measured(self.eval_dataset if eval_dataset is None else eval_dataset, self._pairs)
-        device, training = self.accelerator.device, self.model.training
+        device = self.accelerator.device
         outputs = Outputs([pair[side] for side in (0, 1) for pair in pairs], device)
         reference = torch.tensor([pair[2] for pair in pairs], device=device)
         inputs = outputs.inputs() | {"ref_chosen_logps": reference[:, 0], "ref_rejected_logps": reference[:, 1]}
-        given, self.precompute_ref_logps = self.precompute_ref_logps, True
-        self.model.eval()
-        loss = self.whole_loss(Replay(outputs), inputs)
-        self.model.train(training)
-        self.precompute_ref_logps = given
-        self.drop_eval_figure("aux_loss")
-        return self.report({"loss": loss}, metric_key_prefix)
+        return self.report({"loss": self.whole_loss(Replay(outputs), inputs)}, metric_key_prefix)
 
     def _pairs(self, model: Module, batch: dict[str, Tensor]) -> list[tuple[dict, dict, tuple[float, float]]]:
         """For every pair what the policy gives for the tokens of both responses, and the reference's sums."""

@@ -89,20 +89,15 @@ class KtoTrainer(HeldOut, OwnOrder, PreparedRows, KTOTrainer):
         """TRL's loss and figures over all held-out responses, with one estimate of the KL from all mismatches; and how
         often a good response has a higher implied reward than a bad one."""
         rows = self.measured(self.eval_dataset if eval_dataset is None else eval_dataset, self._responses)
-        device, training = self.accelerator.device, self.model.training
+        device = self.accelerator.device
         outputs = Outputs([row["policy"] for row in rows], device)
         inputs = outputs.inputs()
         for name in ("label", "ref_logps", "ref_KL_logps"):
             inputs[name] = torch.tensor([row[name] for row in rows], device=device)
         mismatched = Outputs([{"log_probs": row["kl"]} for row in rows], device)
         inputs |= {f"KL_{key}": value for key, value in mismatched.inputs().items()}
-        given, self.precompute_ref_logps = self.precompute_ref_logps, True
-        self.model.eval()
-        loss = self.whole_loss(Replay(*([mismatched] if self.calculate_KL else []), outputs), inputs)
-        self.model.train(training)
-        self.precompute_ref_logps = given
-        self.drop_eval_figure("aux_loss")
-        figures = {"loss": loss}
+        first = [mismatched] if self.calculate_KL else []
+        figures = {"loss": self.whole_loss(Replay(*first, outputs), inputs)}
         rewards, labels = self.beta * (outputs.log_probs.sum(1) - inputs["ref_logps"]), inputs["label"].bool()
         if labels.any() and not labels.all():
             figures["rewards/accuracies"] = ranked(rewards[labels], rewards[~labels])

@@ -28,9 +28,7 @@ def maker(stage: str, name: str) -> str:
     plain = f"{name}.yaml"
     every = places.listing().items()
     known = {key.removeprefix(f"{stage}/"): file for key, file in every if key.startswith(f"{stage}/")}
-    if name in known and _name(known[name]) != name:
-        del known[name]
-    elif name in known:
+    if name in known and _name(known[name]) == name:
         return plain
     return next((file.name for file in known.values() if _name(file) == name), plain)
 

@@ -276,9 +276,7 @@ class _Sources:
 
     def where(self, key: str) -> str:
         plain = key.split("[")[0]
-        if any(
-            plain == word or plain.startswith(f"{word}.") or key.startswith(word) for word in self.composed.overridden
-        ):
+        if any(f"{key}.".startswith((f"{word}.", f"{word}[")) for word in self.composed.overridden):
             return "command line: "
         parts = [int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", key)]
         # a missing key has no line; report the line of the list entry that lacks it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 from align_cli.errors import RecipeError
@@ -73,8 +74,11 @@ def resumed(recipe: Recipe, ranks: int, total: int | None) -> Batch:
 
     Raises RecipeError if these ranks cannot share them.
     """
-    if total is None or total == (plain := _plain_total(recipe, ranks)):
+    if total is None:
         return arithmetic(recipe, ranks)
+    with contextlib.suppress(RecipeError):
+        if (plain := arithmetic(recipe, ranks)).total == total:
+            return plain
     given = {key: value for key, value in recipe.trainer.items() if key != "gradient_accumulation_steps"}
     if (most := given.get("per_device_train_batch_size")) is not None:
         # how a step is cut does not change it
@@ -86,17 +90,9 @@ def resumed(recipe: Recipe, ranks: int, total: int | None) -> Batch:
         return arithmetic(replace(recipe, data=data, trainer=given), ranks)
     except RecipeError as error:
         raise RecipeError(
-            f"launch.num_gpus: this run began with {total} {recipe.spec.unit} a step, but {ranks} ranks would have "
-            f"{plain}, and cannot share {total}: {error.lines[0]}; resume with as many ranks as it began with"
+            f"launch.num_gpus: this run began with {total} {recipe.spec.unit} a step, which {ranks} ranks cannot share "
+            f"({error.lines[0]}); resume with as many ranks as it began with"
         ) from None
-
-
-def _plain_total(recipe: Recipe, ranks: int) -> int | None:
-    """The rows a step of a recipe on `ranks` ranks, or None if it does not divide."""
-    try:
-        return arithmetic(recipe, ranks).total
-    except RecipeError:
-        return None
 
 
 def _near(wanted: int, unit: int) -> str:

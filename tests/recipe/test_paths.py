@@ -7,7 +7,7 @@ from project import align, ok
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    folder = project.build(tmp_path / "work")
+    folder = project.build(tmp_path / "project")
     monkeypatch.setenv("HOME", str(tmp_path))
     return folder
 
@@ -21,7 +21,7 @@ def test_the_home_directory_is_found_in_every_path(home, key):
         "run_dir": "runs/x",
         "samples.prompts": "asks.jsonl",
     }
-    said = ok("check", "sft", "recipe=t", f"{key}=~/work/{path[key]}", cwd=home)
+    said = ok("check", "sft", "recipe=t", f"{key}=~/project/{path[key]}", cwd=home)
     assert key == "samples.prompts" or str(home / path[key]) in "".join(said.split())
 
 

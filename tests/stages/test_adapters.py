@@ -120,9 +120,9 @@ def test_an_adapter_on_a_run_finds_it_after_that_was_run_again(home, tmp_path):
 @pytest.mark.parametrize(
     ("targets", "finding"),
     [
-        ("[q_porj]", "'q_porj' is the name of no module of models/tiny. Did you mean 'q_proj'?"),
-        ("[q_proj,nothing]", "'nothing' is the name of no module"),
-        ("'.*nothing'", "'.*nothing' is the name of no module"),
+        ("[q_porj]", "models/tiny has no module 'q_porj'. Did you mean 'q_proj'?"),
+        ("[q_proj,nothing]", "has no module 'nothing'; it has "),
+        ("'.*nothing'", "has no module '.*nothing'; it has "),
         ("'('", "is not a pattern"),
     ],
 )

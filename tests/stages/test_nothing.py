@@ -1,4 +1,4 @@
-"""A run that trains nothing, or nothing but NaN, is no success."""
+"""A run that trains nothing, or leaves only NaN, ends with an error."""
 
 import re
 
@@ -6,7 +6,7 @@ import project
 import pytest
 import tiny
 import torch
-from project import align, manifest, metrics, ok
+from project import align, manifest, ok
 
 ONLINE = """name: t
 model: {{ path: models/tiny }}
@@ -87,10 +87,6 @@ def test_a_rate_that_destroys_the_weights_ends_the_run(home, stage):
     assert f"runs/hot-{stage}: step " in done.stderr and "learning_rate" in done.stderr
     run = home / f"runs/hot-{stage}"
     assert not (run / "manifest.json").exists() and not list(run.glob("*.safetensors"))
-    # a plain script sees the same: the weights after one such step are no numbers, or the next loss is none
-    assert all(
-        row["loss"] is None or abs(row["loss"]) < 1e6 or row["loss"] > 0 for row in metrics(run) if "loss" in row
-    )
 
 
 def test_no_checkpoint_holds_weights_that_are_not_finite(home):

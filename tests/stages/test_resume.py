@@ -1,4 +1,4 @@
-"""A resumed run goes on with what it began with, or says what is no longer the same."""
+"""A resumed run goes on with what it began with, or names what has changed."""
 
 import shutil
 
