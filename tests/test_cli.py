@@ -33,15 +33,12 @@ def home(tmp_path):
 
 
 def refused(home, *words):
-    """The lines of a refusal: exit code 2, in time, no traceback, nothing written."""
+    """The lines of a refusal: exit code 2, no traceback, nothing written."""
     before = sorted(home.rglob("*"))
-    started = time.monotonic()
     done = align(*words, cwd=home)
-    took = time.monotonic() - started
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(home.rglob("*")) == before
-    assert took < 3 or align(*words, cwd=home).returncode == 2 and took < 6
     return done.stderr.strip().splitlines()
 
 
@@ -274,14 +271,21 @@ def test_torch_stays_out_of_the_way(home, words):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("words", "seconds"), [(["--help"], 0.4), (["check", "dpo", "recipe=zephyr.yaml"], 2.0)])
-def test_it_answers_at_once(home, words, seconds):
+@pytest.fixture(scope="module")
+def loading():
+    """Seconds in which this machine imports a trainer, which no command may wait for before it has looked."""
+    return _seconds([sys.executable, "-c", "from trl import DPOTrainer"])
+
+
+def _seconds(command, **how):
+    started = time.monotonic()
+    subprocess.run(command, capture_output=True, check=True, **how)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize(("words", "share"), [(["--help"], 1 / 8), (["check", "dpo", "recipe=zephyr.yaml"], 1 / 2)])
+def test_it_answers_at_once(home, words, share, loading):
     script = Path(sys.executable).parent / "align"
-    best = float("inf")
-    for _ in range(5):  # the machine is shared: the best of five counts, and the first that is good enough ends it
-        started = time.monotonic()
-        subprocess.run([script, *words], cwd=home, capture_output=True, check=True)
-        best = min(best, time.monotonic() - started)
-        if best < seconds:
-            return
-    pytest.fail(f"took {best:.2f} s")
+    # the machine is shared: the best of five counts, and the first that is good enough ends it
+    times = (_seconds([script, *words], cwd=home) for _ in range(5))
+    assert any(seconds < share * loading for seconds in times)

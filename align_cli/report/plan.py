@@ -17,7 +17,7 @@ from align_cli.recipe.preferences import SpinRecipe
 from align_cli.recipe.sections import Recipe, Source
 from align_cli.recipe.stages import REFERENCE
 from align_cli.run import devices
-from align_cli.run.preflight import Plan
+from align_cli.run.plan import Plan
 
 
 def show(plan: Plan, console: Console) -> None:

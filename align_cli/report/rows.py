@@ -15,7 +15,7 @@ from align_cli.data.groups import labelled, read_groups, stream_groups
 from align_cli.model import kind, load
 from align_cli.recipe.preferences import KtoRecipe
 from align_cli.recipe.supervised import SftRecipe
-from align_cli.run.preflight import Plan
+from align_cli.run.plan import Plan
 
 TRAINED, MASKED, SPECIAL, LOST = "bold green", "dim", "bold magenta", "yellow"
 

@@ -1,4 +1,4 @@
-"""All checks that can be made before weights are read, and the plan of a run. Imports no torch.
+"""All checks that can be made before weights are read. Fills the plan of a run. Imports no torch.
 
 The valid part of an invalid recipe is checked, too, so that a bad key in one section does not hide a broken file in
 another.
@@ -6,114 +6,32 @@ another.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from align_cli.compat import chat_date
 from align_cli.constitutional import plan as constitutional
 from align_cli.data.count import of_constitution
-from align_cli.data.groups import Count, check_sources
-from align_cli.data.load import is_local
-from align_cli.data.prompts import as_messages, sample_problems, sample_prompts
+from align_cli.data.groups import check_sources
+from align_cli.data.prompts import sample_problems
 from align_cli.errors import AlignError, RecipeError
-from align_cli.model import context, kind, memory, precision, saved_tokenizer, targets, templates
+from align_cli.model import precision, saved_tokenizer, targets, templates
 from align_cli.model.saved_tokenizer import SavedTokenizer
 from align_cli.preferences import plan as rounds
 from align_cli.recipe import check, constitution
-from align_cli.recipe.compose import Composed
 from align_cli.recipe.constitutional import CaiRecipe
-from align_cli.recipe.sections import Recipe
 from align_cli.rewards import function
-from align_cli.run import batch, devices, manifest, schedule, settings
+from align_cli.run import batch, devices, lengths, manifest, schedule, settings
 from align_cli.run.directory import RunDirectory
-from align_cli.run.footprint import Storage, footprint, storage
+from align_cli.run.footprint import footprint, storage
+from align_cli.run.plan import Plan
 from align_cli.run.upstream import (
     backbone_problems,
     existing,
     generator_problems,
     policy_problems,
-    recipe_of,
     reward_problems,
-    stage_of_run,
 )
-
-
-@dataclass
-class Plan:
-    """What `align check` prints."""
-
-    composed: Composed
-    recipe: Recipe
-    state: str
-    todo: list[str] = field(default_factory=list)
-    """Commands that must run before this one."""
-    ranks: int = 1
-    batch: batch.Batch | None = None
-    counts: list[Count] = field(default_factory=list)
-    size: memory.Sizes | None = None
-    memory: list[memory.Part] = field(default_factory=list)
-    other_memory: list[memory.Part] = field(default_factory=list)
-    """Memory of the recipe's alternative: PPO's four models on one backbone, or as separate models."""
-    storage: Storage | None = None
-    """What the run writes to its disk; None if the model's size is unknown."""
-    notes: list[str] = field(default_factory=list)
-    pending: list[str] = field(default_factory=list)
-    """Data files that upstream runs have not written yet."""
-
-    def tokenizer_path(self) -> str:
-        """Where to load the tokenizer from: model.path, or if that run does not exist yet, its own initial model."""
-        path, depth = self.recipe.model.path, 0
-        while kind.look(path).kind in ("missing", "unfinished") and (stage := stage_of_run(path)) and depth < 4:
-            path, depth = check.load(stage, [f"recipe={recipe_of(stage, path)}"])[1].model.path, depth + 1
-        return path
-
-    def steps(self) -> int | None:
-        """Number of optimizer steps, or None if the number of rows is unknown."""
-        recipe, trainer = self.recipe, self.recipe.trainer
-        if (limit := trainer.get("max_steps", -1)) > 0:
-            return limit
-        if isinstance(recipe, CaiRecipe) and self.batch is not None and self._known():
-            return constitutional.steps(recipe, self.counts, self.batch.total)
-        steps = self.steps_per_epoch()
-        return None if steps is None else math.ceil(steps * trainer.get("num_train_epochs", 3.0))
-
-    def _known(self) -> list[Count]:
-        """The counts of data.train, or none if some of its rows are unknown."""
-        sources = self.recipe.data.train
-        # counts exist for local sources only; those of data.train come first
-        known = self.counts[: len(sources)] if all(map(is_local, sources)) else []
-        return [] if any(count.partial for count in known) or self.pending else known
-
-    def steps_per_epoch(self) -> int | None:
-        """Number of optimizer steps in which all rows are used once, or None if it is unknown. 0 if the rows do not
-        make a rollout, or not a batch on every rank with dataloader_drop_last."""
-        recipe, trainer, known = self.recipe, self.recipe.trainer, self._known()
-        if not known or self.batch is None or recipe.packs() or isinstance(recipe, CaiRecipe):
-            return None
-        how = recipe.pairing()
-        rows = sum(count.elements(how) * source.weight for count, source in zip(known, recipe.data.train, strict=True))
-        if isinstance(recipe.data.eval, float):
-            rows *= 1 - recipe.data.eval
-        if rollout := recipe.rollout():
-            # incomplete rollouts are dropped; each rollout has epochs × minibatches updates
-            return round(rows) // self.prompts_per_rollout() * rollout.epochs * rollout.minibatches
-        if trainer.get("dataloader_drop_last"):
-            batches = round(rows) // (self.batch.per_device * self.ranks)
-            return math.ceil(batches / self.batch.accumulation)
-        return math.ceil(round(rows) / self.batch.total)
-
-    def prompts_per_rollout(self) -> int:
-        """Number of prompts that one rollout of an online stage takes."""
-        rollout = self.recipe.rollout()
-        return self.batch.total * rollout.minibatches // rollout.k
-
-    def roughly(self) -> bool:
-        """Whether `steps` depends on random choices: held-out prompts, or rows drawn for a fractional weight."""
-        data = self.recipe.data
-        drawn = isinstance(data.eval, float) or any(source.weight % 1 for source in data.train)
-        return drawn and self.recipe.trainer.get("max_steps", -1) <= 0
 
 
 def load(stage: str, arguments: list[str], *, starting: bool, render: bool = True) -> Plan:
@@ -136,7 +54,9 @@ def load(stage: str, arguments: list[str], *, starting: bool, render: bool = Tru
     plan = Plan(composed, recipe, "absent")
     look = _Look(plan, lines, starting)
     look.at_models()
-    look.at_lengths()
+    if recipe.model is not None and recipe.data is not None:
+        lines += lengths.fit(plan)
+        look.recipe = plan.recipe
     tokenizer = look.at_template()
     look.at_data(tokenizer if render else None)
     look.at_method_sources(tokenizer if render else None)
@@ -178,42 +98,6 @@ class _Look:
             self.lines += policy_problems("reference.path", reference, *where)
         for key, source in recipe.generators():
             self.lines += generator_problems(key, source, *where)
-
-    def at_lengths(self) -> None:
-        """Whether the models can take data.max_length tokens. Its default is lowered to what they can take."""
-        recipe, plan = self.recipe, self.plan
-        if recipe.model is None or recipe.data is None:
-            return
-        given = "max_length" in (plan.composed.tree.get("data") or {})
-        for key, path in self._models():
-            config = kind.config(path)
-            lengths = context.of(config) if config is not None else context.Context(None)
-            wanted, window = recipe.data.max_length, lengths.window
-            if window is not None and wanted > window:
-                plan.notes.append(f"{key}: {path} attends to the last {window} tokens in some layers (sliding window)")
-            if lengths.limit is None or wanted <= lengths.limit:
-                continue
-            what = f"{path} has {context.described(lengths)}"
-            if not lengths.hard:
-                plan.notes.append(f"data.max_length: is {wanted}, but {what}: it was not trained on longer text")
-            elif given:
-                self.lines.append(
-                    f"data.max_length: is {wanted}, but {what} and fails beyond; set data.max_length={lengths.limit} "
-                    f"or less ({key})"
-                )
-            else:
-                plan.notes.append(f"data.max_length: {lengths.limit} instead of {wanted}, since {what}")
-                recipe = replace(recipe, data=replace(recipe.data, max_length=lengths.limit))
-        self.recipe = plan.recipe = recipe
-
-    def _models(self) -> list[tuple[str, str]]:
-        """(key, path) of all models that read rows; a run that does not exist yet is its own initial model."""
-        recipe, models = self.recipe, []
-        with contextlib.suppress(AlignError):  # `at_models` reports the problems of the upstream run
-            models.append(("model.path", self.plan.tokenizer_path()))
-        if (reference := recipe.reference_path()) is not None:
-            models.append(("reference.path", reference))
-        return models + recipe.reward_models()
 
     def at_constitution(self, recipe: CaiRecipe) -> None:
         """The constitution of `align cai`, and the rows of an earlier run."""
@@ -269,23 +153,7 @@ class _Look:
         problems = sample_problems(recipe.samples, tokenizer)
         self.lines += problems
         if recipe.samples is not None and tokenizer is not None and not problems:
-            self._sample_lengths(tokenizer)
-
-    def _sample_lengths(self, tokenizer: SavedTokenizer) -> None:
-        """Whether the answers to the sample prompts fit into a model that fails beyond its positions."""
-        samples, path = self.recipe.samples, self.plan.tokenizer_path()
-        lengths = context.of(kind.config(path) or {})
-        if not lengths.hard or lengths.limit is None:
-            return
-        prompts = [as_messages(row["prompt"]) for row in sample_prompts(samples, tokenizer)]
-        longest = max((tokenizer.length(prompt, path) for prompt in prompts), default=0)
-        if longest + samples.max_new_tokens > lengths.limit:
-            room = lengths.limit - longest
-            remedy = f"set samples.max_new_tokens={room} or less" if room > 0 else "shorten it"
-            self.lines.append(
-                f"samples: the longest prompt has {longest} tokens, and an answer {samples.max_new_tokens}, but {path} "
-                f"has {context.described(lengths)} and fails beyond; {remedy}"
-            )
+            self.lines += lengths.sample_problems(plan, tokenizer)
 
     def at_method_sources(self, tokenizer: SavedTokenizer | None) -> None:
         """Sources of a method: method.center_on of rm, method.ptx of ppo, method.harmless and method.helpful of cai."""

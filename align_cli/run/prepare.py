@@ -11,7 +11,7 @@ from align_cli.errors import LaunchError, UpstreamError
 from align_cli.recipe.check import to_tree
 from align_cli.run import manifest, preflight, settings
 from align_cli.run.directory import RunDirectory, write_atomically
-from align_cli.run.preflight import Plan
+from align_cli.run.plan import Plan
 
 CACHE = Path("runs/.cache")
 
